@@ -1,0 +1,60 @@
+# `make` says what there is. Everything runs in .venv, made on first use with the first Python 3.11,
+# 3.12 or 3.13 found; `make PYTHON=/path/to/python3.12 ...` chooses one.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format mini clean
+
+help:  ## what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## install into .venv (the other targets do it by themselves)
+
+quickstart: $(STAMP)  ## train a prompt on the demo set with the backbone in the package
+	@$(BIN)/jaxprompt train quickstart
+
+test: $(STAMP)  ## run all tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## formatting, lint, types, structure
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/python -m pytest tests/test_structure.py
+
+format: $(STAMP)  ## put formatting and imports right
+	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff format .
+
+mini: $(STAMP)  ## pretrain jaxprompt-mini anew: prepare data, train, evaluate (DATA=directory of raw text)
+	@test -n "$(DATA)" || { echo "make mini needs DATA=<directory of the raw data>" >&2; exit 2; }
+	@$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data
+	@$(BIN)/jaxprompt pretrain pretrain/mini
+
+clean:  ## remove .venv
+	@rm -rf $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -euo pipefail; \
+	if [ ! -x $(BIN)/python ]; then \
+	  python=$$(sh tools/find_python.sh $(PYTHON)); \
+	  echo "Making $(VENV) with $$($$python --version) ($$python)"; \
+	  "$$python" -m venv $(VENV); \
+	fi
+	@set -euo pipefail; \
+	log=$(VENV)/install.log; start=$$SECONDS; \
+	echo "Installing jaxprompt and what it needs; the first time takes a few minutes (log: $$log)"; \
+	if ! $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	    -c constraints.txt -e '.[plots,dev]' 2>&1 | tee $$log | awk ' \
+	      /^Collecting |^Requirement already/ { if (++n % 10 == 0) { printf "."; fflush() } } \
+	      /^Installing collected/ { printf " %d packages found, installing", n; fflush() } \
+	      END { print "" }'; then \
+	  grep -E '^(ERROR|error)' $$log || tail -n 20 $$log; \
+	  echo "The installation failed; all of it is in $$log" >&2; exit 1; \
+	fi; \
+	echo "Ready after $$((SECONDS - start)) s"
+	@touch $@

@@ -1,0 +1,163 @@
+"""What the measurements share: sizes by name, random full rows, the training step, a line about the machine."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxprompt
+from jaxprompt import steps, trees
+from jaxprompt.model import PromptedT5
+from jaxprompt.prompts.soft import SoftPrompt
+from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.layers import abstract_params
+from jaxprompt.t5.model import T5
+from jaxprompt.typing import ArrayTree, Batch
+
+SIZES: dict[
+    str, dict[str, int]
+] = {  # T5 1.1, as the hub's config.json of google/t5-v1_1-* gives them
+    "small": dict(d_model=512, d_ff=1024, num_layers=8, num_heads=6),
+    "base": dict(d_model=768, d_ff=2048, num_layers=12, num_heads=12),
+    "large": dict(d_model=1024, d_ff=2816, num_layers=24, num_heads=16),
+    "xl": dict(d_model=2048, d_ff=5120, num_layers=24, num_heads=32),
+    "xxl": dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64),
+}
+MINI = Path(jaxprompt.__file__).parent / "assets" / "mini" / "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Shapes of one step: rows B, text tokens a row, prompt slots P before them, target tokens T."""
+
+    rows: int = 8
+    tokens: int = 128
+    slots: int = 100
+    targets: int = 8
+
+    @property
+    def encoder(self) -> int:
+        """S, positions of the encoder."""
+        return self.tokens + self.slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step and what it is called with: `jax.jit(run)(state, frozen, batch)`."""
+
+    run: Any
+    state: steps.TrainState
+    frozen: ArrayTree
+    batch: Batch
+
+
+def size_config(name: str) -> T5Config:
+    """The architecture called `name`: a T5 1.1 size, or "mini", the packaged backbone."""
+    if name == "mini":
+        return T5Config.from_hf(json.loads(MINI.read_text(encoding="utf-8")), str(MINI))
+    sizes = SIZES[name]
+    return T5Config(num_decoder_layers=sizes["num_layers"], d_kv=64, vocab_size=32128, **sizes)
+
+
+def random_batch(config: T5Config, shapes: Shapes, seed: int = 0) -> Batch:
+    """Full rows without padding, slots first, one segment a row; numpy."""
+    draw = np.random.default_rng(seed)
+    rows, slots = shapes.rows, shapes.slots
+    encoder_ids = draw.integers(3, config.vocab_size, (rows, shapes.encoder), dtype=np.int32)
+    encoder_slots = np.full((rows, shapes.encoder), -1, np.int32)
+    encoder_slots[:, :slots] = np.arange(slots)
+    encoder_ids[:, :slots] = config.pad_id
+    targets = draw.integers(3, config.vocab_size, (rows, shapes.targets), dtype=np.int32)
+    decoder_ids = np.concatenate(
+        [np.full((rows, 1), config.decoder_start_id, np.int32), targets[:, :-1]], 1
+    )
+    return Batch(
+        encoder_ids_BS=encoder_ids,
+        encoder_slots_BS=encoder_slots,
+        encoder_segments_BS=np.ones_like(encoder_ids),
+        decoder_ids_BT=decoder_ids,
+        decoder_slots_BT=np.full_like(decoder_ids, -1),
+        decoder_segments_BT=np.ones_like(decoder_ids),
+        targets_BT=targets,
+        loss_weights_BT=np.ones(targets.shape, np.float32),
+        prompt_index_BG=np.zeros((rows, 1), np.int32),
+        example_index_BG=np.arange(rows, dtype=np.int32)[:, None],
+    )
+
+
+def make_step(
+    config: T5Config,
+    compute: Compute,
+    batch: Batch,
+    params: ArrayTree | None = None,
+    prompt_PD: np.ndarray | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Step:
+    """The training step of a soft prompt over a frozen backbone.
+
+    Args:
+      params, prompt_PD: None = abstract, enough to compile and for machines too small to run it.
+      optimizer: default AdamW.
+    """
+    optimizer = optimizer or optax.adamw(0.3)
+    if params is None:
+        params = abstract_params(config, compute.dtype)
+    if prompt_PD is None:
+        prompt = jax.ShapeDtypeStruct(
+            (int(np.max(batch.encoder_slots_BS)) + 1, config.d_model), jnp.float32
+        )
+    else:
+        prompt = jnp.asarray(prompt_PD)
+    model = PromptedT5(T5(config, params, compute), SoftPrompt(prompt))
+    graphdef, trained, frozen = trees.split(model)
+    init = functools.partial(steps.init_state, optimizer=optimizer, seed=0)
+    state = jax.eval_shape(init, trained) if prompt_PD is None else init(trained)
+    run = functools.partial(steps.train_step, graphdef, optimizer, steps.StepOptions())
+    return Step(run, state, frozen, batch)
+
+
+def machine() -> str:
+    """One line: date, processor, cores, load, device and versions."""
+    device = jax.devices()[0]
+    return (
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC · {_processor()} · {os.cpu_count()} cores · "
+        f"load {os.getloadavg()[0]:.1f} · {device.platform} ({device.device_kind}) · "
+        f"Python {platform.python_version()} · jax {jax.__version__}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Median and range: "1.234 s (1.200 - 1.401)"."""
+    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} - {max(seconds):.3f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )

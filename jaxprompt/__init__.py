@@ -1,0 +1,65 @@
+"""Prompts for frozen T5 models: train, evaluate and use them with JAX.
+
+Public names load on first use, so that importing the package stays instant.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxprompt.backbone import load_backbone
+    from jaxprompt.config import load_config
+    from jaxprompt.predict import generate, load_prompt, logits, score
+    from jaxprompt.train import train
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "generate": "jaxprompt.predict",
+    "load_backbone": "jaxprompt.backbone",
+    "load_config": "jaxprompt.config",
+    "load_prompt": "jaxprompt.predict",
+    "logits": "jaxprompt.predict",
+    "score": "jaxprompt.predict",
+    "train": "jaxprompt.train",
+}
+
+__all__ = [
+    "__version__",
+    "generate",
+    "load_backbone",
+    "load_config",
+    "load_prompt",
+    "logits",
+    "score",
+    "train",
+]
+
+
+class _Package(types.ModuleType):
+    """Keeps `jaxprompt.train` the function although a submodule has that name too.
+
+    Importing a submodule sets it as an attribute of its package; here a public name wins. The
+    submodule itself is reached with `from jaxprompt.train import ...`.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _ROOMS and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ROOMS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

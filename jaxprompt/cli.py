@@ -1,0 +1,293 @@
+"""The command line: arguments, help texts, exit codes; each command is `main` of a room of its own.
+
+Nothing heavy is imported before a command is known, so that help answers at once.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jaxprompt
+
+_CONFIG_HELP = "a YAML file, or the name of a config that ships with jaxprompt"
+_PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
+_INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
+_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program's name; None = the process's own.
+    Returns: the exit code: 0, 2 for what a user can put right, 130 when interrupted.
+    """
+    parser = _parser()
+    args = _parse(parser, sys.argv[1:] if argv is None else argv)
+    if args.room is None:
+        parser.print_help()
+        return 0
+    try:
+        code = importlib.import_module(args.room).main(args)
+        sys.stdout.flush()
+        return code or 0
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        _end_output()
+        return _BROKEN_PIPE
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if args.debug:
+            traceback.print_exc()
+        _say(f"error: {sentence}")
+        _end_output()
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence instead of a usage block."""
+
+    def __init__(self, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"jaxprompt: error: {message}; `{self.prog} --help` shows how\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jaxprompt",
+        description="Prompts for frozen T5 models: trains them, measures them, answers with them.",
+        epilog="`jaxprompt COMMAND --help` shows a command's options and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"jaxprompt {jaxprompt.__version__}")
+    _add_debug(parser, default=False)
+    parser.set_defaults(room=None, command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=f"example:\n  {command.example}",
+        )
+        subparser.set_defaults(room=f"jaxprompt.{command.room}", command=name)
+        command.add_arguments(subparser)
+        _add_debug(subparser, default=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parses; overrides may also stand behind an option, which argparse alone would refuse."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        unknown = [text for text in rest if text.startswith("-")] or rest
+        parser.error(f"{args.command or 'jaxprompt'} does not know {unknown[0]!r}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=default, help="show the traceback of an error"
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
+    parser.add_argument(
+        "overrides", metavar="key.sub=value", nargs="*", help="options to change, values as in YAML"
+    )
+
+
+def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help=_PROMPT_HELP)
+    _backbone_arguments(parser)
+
+
+def _backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone", metavar="B", help="directory or hub name to use for the prompt's own backbone"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the backbone's weights and activations (float32)",
+    )
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="use the prompt with another backbone than it was trained with, where shapes allow",
+    )
+    _json_argument(parser)
+
+
+def _batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="rows at a time (64)"
+    )
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts",
+        metavar="PROMPT",
+        nargs="+",
+        help=f"{_PROMPT_HELP}; several prompts are an ensemble by majority vote",
+    )
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--task", metavar="T", help="a name that `jaxprompt tasks` lists")
+    data.add_argument(
+        "--data",
+        metavar="FILE",
+        help="JSONL, CSV or TSV file with the fields of the prompt's own task",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="validation",
+        help="of the task's data (validation)",
+    )
+    _backbone_arguments(parser)
+    _batch_arguments(parser)
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    _prompt_arguments(parser)
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="JSONL, CSV, TSV or plain lines; - = standard input",
+    )
+    parser.add_argument(
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="what to write; - = standard output (the default)",
+    )
+    _batch_arguments(parser)
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _prompt_arguments(parser)
+    parser.add_argument(
+        "--top", type=_positive, default=5, metavar="N", help="nearest tokens shown per slot (5)"
+    )
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line on standard output"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+class _Command(NamedTuple):
+    """A command: the file that does it, its arguments, a line on it, an example."""
+
+    room: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    summary: str
+    example: str
+
+
+_COMMANDS = {
+    "train": _Command(
+        "train",
+        _run_arguments,
+        "train a prompt; resumes by itself if output_dir holds the run",
+        "jaxprompt train quickstart train.steps=200 output_dir=runs/mine",
+    ),
+    "pretrain": _Command(
+        "pretrain",
+        _run_arguments,
+        "pretrain a backbone or adapt one to language modelling, all parameters",
+        "jaxprompt pretrain pretrain/mini output_dir=runs/mini",
+    ),
+    "evaluate": _Command(
+        "evaluate",
+        _evaluate_arguments,
+        "measure one prompt, or several as an ensemble, on a task",
+        "jaxprompt evaluate runs/quickstart/prompt",
+    ),
+    "predict": _Command(
+        "predict",
+        _predict_arguments,
+        "answer the rows of a file of any length",
+        "jaxprompt predict runs/quickstart/prompt --input questions.jsonl --output answers.jsonl",
+    ),
+    "inspect": _Command(
+        "inspect",
+        _inspect_arguments,
+        "show a prompt: method, size, backbone, nearest vocabulary tokens of each slot",
+        "jaxprompt inspect runs/quickstart/prompt",
+    ),
+    "tasks": _Command(
+        "listing", _json_argument, "list the tasks that are known", "jaxprompt tasks"
+    ),
+    "methods": _Command("listing", _json_argument, "list the prompt methods", "jaxprompt methods"),
+    "recipes": _Command(
+        "listing", _json_argument, "list the training recipes", "jaxprompt recipes"
+    ),
+    "backbones": _Command(
+        "listing", _json_argument, "list backbones known by name", "jaxprompt backbones --json"
+    ),
+}
+
+
+def _sentence(error: BaseException) -> str | None:
+    """The one sentence for an error that a user can put right; None for one of ours."""
+    from jaxprompt.typing import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    for cause in _causes(error):
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(cause):
+            return f"the disk is full{_naming(cause)}; free some space or choose another place"
+        if isinstance(cause, PermissionError):
+            return f"permission denied{_naming(cause)}; choose a place you may read and write"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _naming(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return f" ({name})" if name else ""
+
+
+def _end_output() -> None:
+    """Drops output that cannot be written any more, so that the interpreter's exit stays quiet."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    print(f"jaxprompt: {text}", file=sys.stderr)

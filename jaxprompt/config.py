@@ -1,0 +1,256 @@
+"""Everything a run can be told, composed from the options of the rooms, and the way it is read.
+
+`load_config` reads a YAML file and `key.sub=value` overrides into `RunConfig` (train) or
+`PretrainConfig` (pretrain); `dump` writes the complete YAML that repeats the run.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jaxprompt import schema
+from jaxprompt.data.pipeline import DataConfig
+from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
+from jaxprompt.data.tasks import TaskConfig, read_task
+from jaxprompt.logging import LoggingConfig
+from jaxprompt.loop import LoopConfig
+from jaxprompt.optim import RECIPES, OptimConfig
+from jaxprompt.prompts.base import MethodConfig
+from jaxprompt.schema import dump
+from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.typing import UserError
+
+__all__ = [
+    "BackboneConfig",
+    "MeshConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "TrainConfig",
+    "config_names",
+    "dump",
+    "load_config",
+]
+
+C = TypeVar("C", "RunConfig", "PretrainConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone, and how it is computed.
+
+    Attributes:
+      name: "jaxprompt-mini", a local directory, or a name on the Hugging Face hub.
+      revision: of a hub name: branch, tag or commit; null = the newest.
+      dtype, scan_unroll, remat: as in `t5.config.Compute`.
+      dropout: inside the backbone while training; the recipe's unless given.
+    """
+
+    name: str = "jaxprompt-mini"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    scan_unroll: int = 0
+    remat: Literal["none", "full", "dots"] = "none"
+    dropout: float | None = None
+
+    def __post_init__(self):
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(
+                f"backbone.dropout is {self.dropout}, it must be at least 0 and below 1"
+            )
+
+    def compute(self) -> Compute:
+        """The part that says how it is computed."""
+        return Compute(self.dtype, self.scan_unroll, self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged.
+
+    Attributes:
+      data: groups of devices that see different rows; -1 = as many as there are.
+      model: devices that share one copy of the backbone.
+    """
+
+    data: int = -1
+    model: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "model"):
+            size = getattr(self, name)
+            if size < 1 and not (name == "data" and size == -1):
+                raise UserError(f"mesh.{name} is {size}, it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """`LoopConfig` and what a step minimises.
+
+    Attributes:
+      metric: which of the task's metrics is the score that `best/` and early stopping go by; empty
+        = its first.
+      loss_by: what the loss is averaged over.
+      z_loss: weight of the squared log-partition; null = the recipe's.
+    """
+
+    metric: str = ""
+    loss_by: Literal["tokens", "examples"] = "tokens"
+    z_loss: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    Attributes:
+      output_dir: the run's directory; resumed from if it holds this run.
+      task: a name that `jaxprompt tasks` lists, or a mapping (`preset: NAME` starts from a listed
+        one, the keys beside it replace its own).
+      seed: of everything random.
+      tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
+      layout: where slots stand among the text, see `data.layout`.
+    """
+
+    output_dir: str
+    task: TaskConfig
+    seed: int = 0
+    tune: Literal["prompt", "model"] = "prompt"
+    backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = MethodConfig()
+    layout: str = "{prompt}{input}"
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run: all parameters of a backbone.
+
+    Attributes:
+      output_dir: the run's directory; resumed from if it holds this run.
+      mixture: what is trained on.
+      validation: what the loss is measured on, entry by entry; may be empty.
+      seed: of everything random.
+      backbone: what to start from, unless `model` is given, and how it is computed.
+      model: sizes of a backbone that starts from random numbers.
+      tokenizer: directory of the vocabulary that goes with `model`.
+      eval_batches: batches of each validation entry an evaluation takes, always the same ones.
+      export_dtype: of the backbone that every evaluation writes to `output_dir/backbone`.
+    """
+
+    output_dir: str
+    mixture: MixtureConfig
+    validation: tuple[MixtureEntry, ...] = ()
+    seed: int = 0
+    backbone: BackboneConfig = BackboneConfig()
+    model: T5Config | None = None
+    tokenizer: str = ""
+    optim: OptimConfig = OptimConfig(recipe="pretrain")
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
+    eval_batches: int = 16
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if (self.model is None) != (not self.tokenizer):
+            raise UserError(
+                "`model` (sizes of a new backbone) and `tokenizer` (directory of its vocabulary) "
+                "go together: give both, or neither to start from `backbone.name`"
+            )
+
+
+def load_config(
+    path_or_name: str | Path, overrides: Sequence[str] = (), kind: type[C] = RunConfig
+) -> C:
+    """Reads the options of a run.
+
+    Args:
+      path_or_name: a YAML file, or the name of a config that ships with jaxprompt.
+      overrides: `key.sub=value` strings, later ones win; values are YAML.
+      kind: `RunConfig` or `PretrainConfig`.
+    Raises: UserError for a file that cannot be found or read, an unknown key (the nearest valid one
+      is suggested), a missing key or a wrong type; with file and line, or the override.
+    """
+    mapping, where = schema.read_yaml(_find(path_or_name))
+    # A task named on the command line comes first: `task=NAME task.sub=value` works in any order.
+    whole = [override for override in overrides if override.startswith(("task=", "task.preset="))]
+    parts = [override for override in overrides if override not in whole]
+    mapping, where = schema.apply_overrides(mapping, where, whole)
+    mapping, where = _with_preset(mapping, where)
+    mapping, where = schema.apply_overrides(mapping, where, parts)
+    if kind is RunConfig:
+        mapping = _with_recipe(mapping)
+    return schema.from_mapping(kind, mapping, where)
+
+
+def config_names(folder: str = "") -> list[str]:
+    """Names of the configs that ship with jaxprompt, or of those in one folder of them."""
+    root = schema.configs_directory() / folder
+    return sorted(
+        path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
+    )
+
+
+def _find(path_or_name: str | Path) -> Path:
+    if Path(path_or_name).is_file():
+        return Path(path_or_name)
+    name = str(path_or_name)
+    names = config_names()
+    if name in names:
+        return schema.configs_directory() / f"{name}.yaml"
+    runs = [known for known in names if not known.startswith("tasks/")]
+    near = difflib.get_close_matches(name, runs, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"those that ship are {', '.join(runs)}"
+    raise UserError(f"there is no config file {name!r} and no config of that name ships; {hint}")
+
+
+def _with_preset(
+    mapping: Mapping[str, Any], where: schema.Where
+) -> tuple[dict[str, Any], schema.Where]:
+    """Puts a listed task's keys under those that the config gives itself."""
+    given = schema.plain(mapping.get("task"))
+    own = dict(given) if isinstance(given, Mapping) else {}
+    name = schema.plain(own.pop("preset", None)) if own else given
+    if not isinstance(name, str):
+        return dict(mapping), where
+    try:
+        preset, preset_where = read_task(name)
+    except UserError as error:
+        raise UserError(f"{where.at(('task',))}: {error}") from error
+    places = {("task", *path): place for path, place in preset_where.places.items()}
+    return {**mapping, "task": {**preset, **own}}, schema.Where(
+        where.source, {**places, **where.places}
+    )
+
+
+def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts what the recipe fixes beside the optimizer where the config leaves it open."""
+    sections = {name: schema.plain(mapping.get(name)) for name in ("optim", "train", "task")}
+    optim, train, task = (value if isinstance(value, dict) else {} for value in sections.values())
+    recipe = RECIPES.get(schema.plain(optim.get("recipe", OptimConfig.recipe)))
+    if recipe is None:
+        return dict(mapping)
+    has_labels = bool(task.get("candidates") or task.get("labels"))
+    fixed = {
+        "data": {"batch_size": recipe.batch_size},
+        "backbone": {"dropout": recipe.dropout},
+        "train": {"z_loss": recipe.z_loss} | ({} if "epochs" in train else {"steps": recipe.steps}),
+        "method": {
+            "length": recipe.length or MethodConfig.length,
+            "init": recipe.init if has_labels or recipe.init != "labels" else "vocab",
+            "init_low": recipe.init_low,
+            "init_high": recipe.init_high,
+        },
+    }
+    completed = dict(mapping)
+    for section, values in fixed.items():
+        own = mapping.get(section, {})
+        if isinstance(own, Mapping):  # else: the wrong type, which is said when it is read
+            completed[section] = {**values, **own}
+    return completed

@@ -1,0 +1,343 @@
+"""A task's rows to batches: endless and shuffled for training, in order and finite for evaluation.
+
+Training: `TrainBatches`. Evaluation and prediction: `eval_chunks` over examples from any source or
+stream; each chunk's batches carry positions in the chunk (`example_index_BG`), so results can be
+put back in order, and with candidates each batch comes with its `Candidates`, so the encoder runs
+once for all of them.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxprompt.data.layout import LaidRow, Layout
+from jaxprompt.data.packing import (
+    EncodedExample,
+    Row,
+    candidates_of_rows,
+    fitted_buckets,
+)
+from jaxprompt.data.sources import Source
+from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions
+from jaxprompt.data.tasks import Example, Task
+from jaxprompt.data.tokenizer import Tokenizer
+from jaxprompt.typing import Batch, Candidates, UserError
+
+_SAMPLE = 2048  # examples of a window that is looked at to choose buckets, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How a task's rows become batches.
+
+    Attributes:
+      batch_size, eval_batch_size: rows of a batch, over all processes.
+      max_input_length: slots, tokens and end token of an input; longer text is cut, and counted.
+      max_target_length: tokens of a target with its end token; longer ones are cut, and counted.
+      length_buckets: input lengths that batches are padded to; empty = chosen to pad a sample of
+        the training data least.
+      bucket_count: how many lengths to choose below max_input_length; each costs one compilation.
+      bucket_multiple: chosen lengths are multiples of this.
+      shuffle: whether training rows come in random order.
+      window_batches: about so many batches are sorted by length together.
+      prefetch: batches made ahead in a thread; 0 = none.
+    """
+
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    max_input_length: int = 512
+    max_target_length: int = 128
+    length_buckets: tuple[int, ...] = ()
+    bucket_count: int = 4
+    bucket_multiple: int = 16
+    shuffle: bool = True
+    window_batches: int = 16
+    prefetch: int = 4
+
+    def __post_init__(self):
+        smallest = {"prefetch": 0, "max_input_length": 2, "max_target_length": 2}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < smallest.get(field.name, 1):
+                raise UserError(
+                    f"data.{field.name} is {value}, it has to be at least"
+                    f" {smallest.get(field.name, 1)}"
+                )
+        if any(length < 1 or length > self.max_input_length for length in self.length_buckets):
+            raise UserError(
+                f"data.length_buckets {list(self.length_buckets)} do not lie between 1 and"
+                f" data.max_input_length {self.max_input_length}"
+            )
+
+
+@dataclasses.dataclass
+class Cuts:
+    """How many examples were made and what was cut off to fit; the counts of a run's report."""
+
+    examples: int = 0
+    cut_inputs: int = 0
+    cut_input_tokens: int = 0
+    cut_targets: int = 0
+    cut_target_tokens: int = 0
+
+    def report(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+class TaskEncoder:
+    """Examples of a task -> ids: its layout, vocabulary and lengths in one place."""
+
+    def __init__(
+        self,
+        task: Task,
+        layout: Layout,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        start_id: int | None = None,
+    ):
+        """`start_id` is the decoder's first input, the pad id unless given.
+
+        Raises: UserError for a candidate without tokens or over max_target_length.
+        """
+        self.task, self.layout, self.tokenizer, self.config = task, layout, tokenizer, config
+        self.start_id = tokenizer.pad_id if start_id is None else start_id
+        self.candidate_ids = [
+            [*ids, tokenizer.eos_id] for ids in tokenizer.encode_many(task.candidates)
+        ]
+        for candidate, ids in zip(task.candidates, self.candidate_ids, strict=True):
+            if not 1 < len(ids) <= config.max_target_length:
+                raise UserError(
+                    f"candidate {candidate!r} of task {task.config.name} is {len(ids) - 1} tokens;"
+                    f" it has to be between 1 and {config.max_target_length - 1}, one less than"
+                    " data.max_target_length"
+                )
+
+    def lay(self, examples: Sequence[Example]) -> list[LaidRow]:
+        """The input side of examples."""
+        return self.layout.lay_many(
+            [example.fields for example in examples],
+            self.tokenizer,
+            self.config.max_input_length,
+            [example.where for example in examples],
+        )
+
+    def encode(
+        self, examples: Sequence[Example], indices: Sequence[int], cuts: Cuts
+    ) -> list[EncodedExample]:
+        """Both sides of examples; no target gives no target ids. Adds to `cuts`.
+
+        Raises: UserError for an input or target that tokenises to nothing.
+        """
+        targets = self.tokenizer.encode_many([example.target or "" for example in examples])
+        room = self.config.max_target_length - 1
+        encoded = []
+        for example, row, ids, index in zip(
+            examples, self.lay(examples), targets, indices, strict=True
+        ):
+            if example.target is not None and not ids:
+                raise UserError(f"{example.where}: target {example.target!r} tokenises to nothing")
+            cuts.examples += 1
+            cuts.cut_inputs += row.truncated_tokens > 0
+            cuts.cut_input_tokens += row.truncated_tokens
+            cuts.cut_targets += len(ids) > room
+            cuts.cut_target_tokens += max(0, len(ids) - room)
+            target_ids = [*ids[:room], self.tokenizer.eos_id] if ids else []
+            encoded.append(EncodedExample(row.ids, row.slots, target_ids, index))
+        return encoded
+
+    @property
+    def target_buckets(self) -> tuple[int, ...]:
+        """Target lengths: one with candidates, the powers of two without."""
+        if self.candidate_ids:
+            return (max(map(len, self.candidate_ids)),)
+        longest = self.config.max_target_length
+        powers = itertools.takewhile(lambda n: n < longest, (8 * 2**k for k in itertools.count()))
+        return (*powers, longest)
+
+    @property
+    def stream_buckets(self) -> tuple[int, ...]:
+        """Input lengths for text of unknown length: room for 32, 64, 128, ... tokens."""
+        first, longest = self.layout.slot_count + 32, self.config.max_input_length
+        rooms = (first - 32 + 32 * 2**k for k in itertools.count())
+        return (*itertools.takewhile(lambda n: n < longest, rooms), longest)
+
+    def input_buckets(self, source: Source) -> tuple[int, ...]:
+        """The configured input lengths, or those that pad the batches of a sample least."""
+        config = self.config
+        if config.length_buckets:
+            return tuple(sorted({*config.length_buckets, config.max_input_length}))
+        window = min(config.window_batches * config.batch_size, _SAMPLE)
+        places = np.unique(np.linspace(0, len(source) - 1, 2 * window).astype(int))
+        examples = [self.task.example(source[int(i)], source.where(int(i)), False) for i in places]
+        lengths = [len(row.ids) for row in self.lay(examples)]
+        longest_of_batches = []
+        for parity in (0, 1):  # two windows as training makes them, sorted and cut into batches
+            ordered = sorted(lengths[parity::2])
+            longest_of_batches += ordered[:: -config.batch_size]
+        return fitted_buckets(
+            longest_of_batches, config.max_input_length, config.bucket_multiple, config.bucket_count
+        )
+
+
+class TrainBatches:
+    """An endless iterator of a task's training batches with `get_state`, `set_state` and `report`.
+
+    Attributes: example_count, rows of the source; input_buckets, for an evaluation of like shapes.
+    """
+
+    def __init__(
+        self,
+        encoder: TaskEncoder,
+        source: Source,
+        *,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Looks at a sample of the rows to choose buckets; starts at the first batch.
+
+        Args:
+          seed: of the order; batches are a function of encoder, source and seed.
+          process_index, process_count: this process's share of every batch's rows.
+        """
+        config = encoder.config
+        self._encoder, self._source, self._cuts = encoder, source, Cuts()
+        self.example_count = len(source)
+        self.input_buckets = encoder.input_buckets(source)
+        rows = grain.MapDataset.range(len(source)).seed(seed)
+        self._order: Any = (rows.shuffle() if config.shuffle else rows).repeat()
+        options = StreamOptions(
+            shapes=Shapes(config.batch_size, self.input_buckets, encoder.target_buckets),
+            pad_id=encoder.tokenizer.pad_id,
+            start_id=encoder.start_id,
+            seed=seed,
+            shuffle=config.shuffle,
+            window_batches=config.window_batches,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        self._stream = BatchStream(self._draw, options, config.prefetch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._stream)
+
+    def get_state(self) -> State:
+        """JSON-ready position after the batch last given out."""
+        return {**self._stream.get_state(), "rows": self.example_count}
+
+    def set_state(self, state: State) -> None:
+        """Continues from what `get_state` gave.
+
+        Raises: UserError if the source has not the number of rows it had then.
+        """
+        if state["rows"] != self.example_count:
+            raise UserError(
+                f"the training data has {self.example_count} rows, the run was started with"
+                f" {state['rows']}; bring the data back or start a new run"
+            )
+        self._stream.set_state({key: state[key] for key in state if key != "rows"})
+
+    def close(self) -> None:
+        """Stops the thread that works ahead."""
+        self._stream.close()
+
+    @property
+    def shape_counts(self) -> dict[tuple[int, int], int]:
+        """(encoder length, decoder length) -> batches given out."""
+        return self._stream.shape_counts
+
+    def report(self) -> dict[str, int]:
+        """Examples made so far, those made ahead included, and what was cut off to fit."""
+        return self._cuts.report()
+
+    def _draw(self, draws: Sequence[int]) -> list[EncodedExample | None]:
+        rows = [int(self._order[number]) for number in draws]
+        task, source = self._encoder.task, self._source
+        examples = [task.example(source[row], source.where(row)) for row in rows]
+        return [*self._encoder.encode(examples, rows, self._cuts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatch:
+    """A batch and, for a task with candidates, what to rank: the same rows with each candidate."""
+
+    batch: Batch
+    candidates: Candidates | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalChunk:
+    """Consecutive examples and their batches; `example_index_BG` holds positions in `examples`."""
+
+    examples: list[Example]
+    batches: list[EvalBatch]
+
+
+def eval_chunks(
+    encoder: TaskEncoder,
+    examples: Iterable[Example],
+    *,
+    input_buckets: Sequence[int] = (),
+    chunk_batches: int = 16,
+    process_index: int = 0,
+    process_count: int = 1,
+    cuts: Cuts | None = None,
+) -> Iterator[EvalChunk]:
+    """Batches of examples in chunks that hold at most `chunk_batches` batches in memory.
+
+    Within a chunk batches are sorted by length. Every batch has `eval_batch_size` rows over all
+    processes; where examples run out, rows are empty (example index -1).
+
+    Args:
+      examples: with or without targets; read as they are needed.
+      input_buckets: lengths to pad to, the largest at least max_input_length; () = the encoder's
+        `stream_buckets`.
+      cuts: counts what was cut off to fit.
+    """
+    config = encoder.config
+    options = StreamOptions(
+        Shapes(
+            config.eval_batch_size,
+            tuple(input_buckets) or encoder.stream_buckets,
+            encoder.target_buckets,
+        ),
+        pad_id=encoder.tokenizer.pad_id,
+        start_id=encoder.start_id,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    size, counts, remaining = config.eval_batch_size, cuts or Cuts(), iter(examples)
+    while chunk := list(itertools.islice(remaining, chunk_batches * size)):
+        encoded = encoder.encode(chunk, range(len(chunk)), counts)
+        encoded.sort(key=lambda example: len(example.encoder_ids))
+        rows = [[example] for example in encoded]
+        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        yield EvalChunk(chunk, [_eval_batch(batch, encoder, options) for batch in batches])
+
+
+def examples_of(task: Task, source: Source, with_target: bool = True) -> Iterator[Example]:
+    """Every row of a source as an example, in order."""
+    for index in range(len(source)):
+        yield task.example(source[index], source.where(index), with_target)
+
+
+def _eval_batch(rows: Sequence[Row], encoder: TaskEncoder, options: StreamOptions) -> EvalBatch:
+    batch = options.batch(rows)
+    if not encoder.candidate_ids:
+        return EvalBatch(batch, None)
+    candidates = candidates_of_rows(
+        options.own(rows),
+        encoder.candidate_ids,
+        batch_size=len(batch.targets_BT),
+        target_length=max(map(len, encoder.candidate_ids)),
+        pad_id=options.pad_id,
+        start_id=options.start_id,
+    )
+    return EvalBatch(batch, candidates)

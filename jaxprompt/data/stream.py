@@ -1,0 +1,271 @@
+"""Batches from numbered draws: shuffled windows, few shapes, exact resumption, one thread ahead.
+
+`BatchStream` knows nothing of what an example is, so training on a task (`pipeline`) and
+pretraining on a mixture (`pretraining`) share it.
+"""
+
+import dataclasses
+import queue
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprompt.data.packing import (
+    EncodedExample,
+    Row,
+    batch_of_rows,
+    bucket_length,
+    first_fit_rows,
+    one_example_rows,
+    row_lengths,
+)
+from jaxprompt.typing import Batch, UserError
+
+Draw = Callable[[Sequence[int]], list[EncodedExample | None]]
+"""Draw numbers -> their examples, the same on every call; None where a draw gives no example."""
+
+State = dict[str, Any]
+
+_WINDOW_STREAM = 11  # keeps a window's random numbers apart from others made of the same seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Which shapes batches may have.
+
+    Attributes:
+      batch_size: rows of a batch, over all processes.
+      input_buckets: encoder lengths, ascending; the last is the longest an example may be.
+      target_buckets: the same for the decoder.
+      max_segments: examples a row may hold; over 1, rows are packed and all have the last lengths.
+    """
+
+    batch_size: int
+    input_buckets: tuple[int, ...]
+    target_buckets: tuple[int, ...]
+    max_segments: int = 1
+
+    def of_rows(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """Encoder and decoder length for these rows."""
+        if self.max_segments > 1:
+            return self.input_buckets[-1], self.target_buckets[-1]
+        inputs, targets = row_lengths(rows)
+        return (
+            bucket_length(inputs, self.input_buckets),
+            bucket_length(targets, self.target_buckets),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """How draws become batches.
+
+    Attributes:
+      shapes: the batches' shapes.
+      pad_id, start_id: padding, and the decoder's first input.
+      seed: of the order of batches.
+      shuffle: False keeps the order of the draws, and mixes lengths in a batch.
+      window_batches: about so many batches are sorted by length together.
+      process_index, process_count: this process's share of every batch.
+    """
+
+    shapes: Shapes
+    pad_id: int
+    start_id: int
+    seed: int = 0
+    shuffle: bool = True
+    window_batches: int = 16
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shapes.batch_size % self.process_count:
+            raise UserError(
+                f"batch_size {self.shapes.batch_size} cannot be shared by {self.process_count}"
+                " processes; make it a multiple of their number"
+            )
+
+    def own(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """This process's share of a batch's rows."""
+        share = self.shapes.batch_size // self.process_count
+        return rows[self.process_index * share : (self.process_index + 1) * share]
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """This process's share of a batch, in the shape that the whole batch needs."""
+        input_length, target_length = self.shapes.of_rows(rows)
+        return batch_of_rows(
+            self.own(rows),
+            batch_size=self.shapes.batch_size // self.process_count,
+            input_length=input_length,
+            target_length=target_length,
+            max_segments=self.shapes.max_segments,
+            pad_id=self.pad_id,
+            start_id=self.start_id,
+        )
+
+
+class BatchStream:
+    """An endless iterator of batches over draws 0, 1, 2, ..., resumable at every batch.
+
+    Draws are taken in windows. Within a window, examples of like length share a batch (or are
+    packed into rows), and the batches come in random order; what does not fill a batch waits for
+    the next window. Every process makes the same windows and keeps its own rows of each batch, so
+    shapes agree among processes and the batches do not depend on how many there are.
+    """
+
+    def __init__(self, draw: Draw, options: StreamOptions, prefetch: int = 4):
+        """Starts at draw 0; a thread makes `prefetch` batches ahead, none if 0."""
+        self._draw, self._options, self._prefetch = draw, options, prefetch
+        self._shape_counts: Counter[tuple[int, int]] = Counter()
+        self._batches: _Ahead | Iterator[tuple[Batch, State]] = iter(())
+        self.set_state({"next_draw": 0, "waiting": [], "batch": 0})
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch, self._state = next(self._batches)
+        self._shape_counts[batch.encoder_ids_BS.shape[1], batch.targets_BT.shape[1]] += 1
+        return batch
+
+    def get_state(self) -> State:
+        """JSON-ready position after the batch last given out."""
+        return dict(self._state)
+
+    def set_state(self, state: State) -> None:
+        """Continues from what `get_state` gave under the same draws, options and seed."""
+        self.close()
+        self._state = dict(state)
+        batches = _batches(self._draw, self._options, self._state)
+        self._batches = _Ahead(batches, self._prefetch) if self._prefetch else batches
+
+    def close(self) -> None:
+        """Stops the thread that works ahead."""
+        if isinstance(self._batches, _Ahead):
+            self._batches.close()
+
+    @property
+    def shape_counts(self) -> dict[tuple[int, int], int]:
+        """(encoder length, decoder length) -> batches given out."""
+        return dict(self._shape_counts)
+
+
+def _batches(draw: Draw, options: StreamOptions, state: State) -> Iterator[tuple[Batch, State]]:
+    """Batches from `state` on, each with the state after it."""
+    first = state["batch"]
+    while True:
+        batches, following = _window(draw, options, state["next_draw"], state["waiting"])
+        for number in range(first, len(batches)):
+            is_last = number + 1 == len(batches)
+            yield (
+                options.batch(batches[number]),
+                following if is_last else {**state, "batch": number + 1},
+            )
+        state, first = following, 0
+
+
+def _window(
+    draw: Draw, options: StreamOptions, next_draw: int, waiting: Sequence[int]
+) -> tuple[list[list[Row]], State]:
+    """The batches (lists of rows) of the window that starts here, and the state after it."""
+    shapes, size = options.shapes, options.shapes.batch_size
+    step = options.window_batches * size * max(1, shapes.max_segments // 2)
+    rng = np.random.default_rng([options.seed, _WINDOW_STREAM, next_draw])
+    examples: list[EncodedExample] = []
+    draws: list[int] = []
+    rows: list[list[int]] = []
+    wanted = list(waiting)
+    while len(rows) < size:
+        wanted += range(next_draw, next_draw + step)
+        next_draw += step
+        drawn = [(number, e) for number, e in zip(wanted, draw(wanted), strict=True) if e]
+        if not drawn:
+            raise UserError(f"none of {len(wanted)} rows drawn in turn has anything to train on")
+        draws += [number for number, _ in drawn]
+        examples += [example for _, example in drawn]
+        rows, wanted = _rows(examples, options, rng), []
+    full = len(rows) - len(rows) % size
+    left = sorted(draws[position] for row in rows[full:] for position in row)
+    rows = rows[:full]
+    if options.shuffle and shapes.max_segments == 1:
+        rows.sort(key=lambda row: _length(examples[row[0]]))
+    batches = [
+        [[examples[position] for position in row] for row in rows[at : at + size]]
+        for at in range(0, full, size)
+    ]
+    order = rng.permutation(len(batches)) if options.shuffle else range(len(batches))
+    return [batches[at] for at in order], {"next_draw": next_draw, "waiting": left, "batch": 0}
+
+
+def _rows(
+    examples: Sequence[EncodedExample], options: StreamOptions, rng: np.random.Generator
+) -> list[list[int]]:
+    """Rows of positions in `examples`, in random order if the options say so."""
+    shapes = options.shapes
+    if shapes.max_segments > 1:
+        rows = first_fit_rows(
+            examples, shapes.input_buckets[-1], shapes.target_buckets[-1], shapes.max_segments
+        )
+    else:
+        rows = one_example_rows(examples)
+    return [rows[at] for at in rng.permutation(len(rows))] if options.shuffle else rows
+
+
+def _length(example: EncodedExample) -> tuple[int, int]:
+    return len(example.encoder_ids), len(example.target_ids)
+
+
+class _Ahead:
+    """Runs an iterator in a daemon thread, a few items ahead; its exceptions come out of `next`."""
+
+    def __init__(self, items: Iterator[Any], count: int):
+        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(count)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=_fill, args=(items, self._ready, self._stopped), daemon=True
+        )
+        self._thread.start()
+        # The thread holds no reference to this object. At exit it is waited for: a thread that is
+        # in a tokenizer while the interpreter goes away would abort the process.
+        weakref.finalize(self, _stop, self._stopped, self._thread)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self._ready.get()
+        if error is not None:
+            self._ready.put((None, error))
+            raise error
+        return item
+
+    def close(self) -> None:
+        _stop(self._stopped, self._thread)
+
+
+def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
+    stopped.set()
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def _fill(items: Iterator[Any], ready: queue.Queue, stopped: threading.Event) -> None:
+    def put(item: Any, error: BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    try:
+        for item in items:
+            put(item, None)
+            if stopped.is_set():
+                return
+        put(None, StopIteration())
+    except BaseException as error:
+        put(None, error)

@@ -1,0 +1,84 @@
+"""PromptedT5 = frozen T5 + prompt method: batches in, logits out. Made once, split once, then functional."""
+
+from flax import nnx
+
+from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
+from jaxprompt.t5 import model as t5
+from jaxprompt.t5.decode import Generated, greedy
+from jaxprompt.t5.model import T5
+from jaxprompt.typing import Array, Batch, PromptValues
+
+
+class PromptedT5(nnx.Module):
+    """A backbone that is prompted.
+
+    Args:
+      backbone: the T5.
+      method: whose parameters are trained; None = the bare backbone.
+    """
+
+    def __init__(self, backbone: T5, method: PromptMethod | None = None):
+        self.backbone = backbone
+        self.method = NoPrompt() if method is None else method
+
+    def __call__(
+        self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
+    ) -> Array:
+        """Logits of every decoder position, float32 [B, T, V]; dropout only with a key."""
+        values, encoded_BSD = self.encode(batch, dropout_rate=dropout_rate, dropout_key=dropout_key)
+        hidden_BTD = self.decode(
+            batch, values, encoded_BSD, dropout_rate=dropout_rate, dropout_key=dropout_key
+        )
+        return self.logits(hidden_BTD)
+
+    def prompt_values(self, batch: Batch) -> PromptValues:
+        """What the method hands the backbone for this batch."""
+        embeds_BSD = t5.embed_tokens(
+            self.backbone.tree(), batch.encoder_ids_BS, self.backbone.compute
+        )
+        return self.method(
+            MethodInputs(
+                embeds_BSD, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG
+            )
+        )
+
+    def encode(
+        self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
+    ) -> tuple[PromptValues, Array]:
+        """Prompt values and encoder output [B, S, D]; reads only the batch's encoder fields."""
+        values = self.prompt_values(batch)
+        backbone = self.backbone
+        encoded_BSD = t5.encode_batch(
+            backbone.tree(), backbone.config, backbone.compute, batch, values,
+            dropout_rate=dropout_rate, dropout_key=dropout_key,
+        )  # fmt: skip
+        return values, encoded_BSD
+
+    def decode(
+        self,
+        batch: Batch,
+        values: PromptValues,
+        encoded_BSD: Array,
+        *,
+        dropout_rate: float = 0.0,
+        dropout_key: Array | None = None,
+    ) -> Array:
+        """Final decoder states [B, T, D] with teacher forcing."""
+        backbone = self.backbone
+        return t5.decode_batch(
+            backbone.tree(), backbone.config, backbone.compute, batch, values, encoded_BSD,
+            dropout_rate=dropout_rate, dropout_key=dropout_key,
+        )  # fmt: skip
+
+    def generate(self, batch: Batch, *, max_new_tokens: int) -> Generated:
+        """Continues the beginning in the batch's decoder fields greedily, see `t5.decode.greedy`."""
+        values, encoded_BSD = self.encode(batch)
+        backbone = self.backbone
+        return greedy(
+            backbone.tree(), backbone.config, backbone.compute, batch, values, encoded_BSD,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+
+    def logits(self, hidden: Array) -> Array:
+        """Final decoder states [..., D] -> float32 [..., V]."""
+        return t5.logits(self.backbone.tree(), self.backbone.config, hidden)

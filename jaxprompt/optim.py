@@ -1,0 +1,362 @@
+"""Recipes: optimizer, schedule and what else a paper or a released code fixed, by name.
+
+`make_optimizer` builds plain optax from an `OptimConfig`; `config.py` and `train` take from the
+recipe what the user left open; `jaxprompt recipes` prints the table.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprompt import trees
+from jaxprompt.typing import Array, ArrayTree, UserError
+
+OPTIMIZERS = ("adafactor", "adamw")
+_STACKED = "layers"  # below this name a leaf holds one tensor per layer on axis 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to train, complete.
+
+    Attributes:
+      summary: one line for people.
+      source: the paper or code it follows.
+      optimizer: "adafactor" or "adamw".
+      learning_rate: the peak rate. Adafactor: RMS of one update, if its parameter scale is off.
+      schedule: a name of `SCHEDULES`.
+      warmup_steps: linear rise, or for "rsqrt" the plateau; a recipe's own is cut to a tenth of the
+        run, a user's is not.
+      weight_decay: adafactor: the fraction of a parameter taken off every step, NOT times the rate
+        (as T5X does); adamw: that times the learning rate.
+      clip_norm: gradients are scaled to at most this global norm; 0 = never.
+      parameter_scale: the update is multiplied by the parameter's RMS, at least 1e-3.
+      decay_rate: adafactor: exponent of the second moment's decay, 1 - (t + 1) ** -decay_rate.
+      start_step: adafactor: t of the first update.
+      factored: adafactor: row and column means for the second moment where both sizes >= 128.
+      beta1, beta2, epsilon: adamw.
+      length, init, init_low, init_high: of the prompt; the last two bound its init "uniform".
+      batch_size, steps, dropout, z_loss: of the run.
+    """
+
+    summary: str
+    source: str
+    optimizer: str
+    learning_rate: float
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    parameter_scale: bool = False
+    decay_rate: float = 0.8
+    start_step: int = 0
+    factored: bool = True
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    length: int = 100
+    init: str = "labels"
+    init_low: float = -0.5
+    init_high: float = 0.5
+    batch_size: int = 32
+    steps: int = 30_000
+    dropout: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """What the user may say about the optimizer, fields as in `Recipe`; None = its value."""
+
+    recipe: str = "paper"
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    schedule: str | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    parameter_scale: bool | None = None
+    decay_rate: float | None = None
+    start_step: int | None = None
+    factored: bool | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    epsilon: float | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    "paper": Recipe(
+        summary="soft prompts as the paper says",
+        source="Lester et al. 2021, section 3",
+        optimizer="adafactor",
+        learning_rate=0.3,
+        weight_decay=1e-5,
+        factored=False,
+    ),
+    "google-oss": Recipe(
+        summary="soft prompts as the released code really runs",
+        source="google-research/prompt-tuning with T5X: the second moment starts at zero at step "
+        "1.1M, so the RMS clip acts in every step; uniform init is [0, 0.5)",
+        optimizer="adafactor",
+        learning_rate=0.3,
+        weight_decay=1e-5,
+        start_step=1_100_000,
+        init_low=0.0,
+        batch_size=128,
+        steps=50_000,
+        dropout=0.1,
+        z_loss=1e-4,
+    ),
+    "adamw": Recipe(
+        summary="soft prompts as most code for torch trains them",
+        source="Residual Prompt Tuning (rate 0.3, decay 1e-5), DePT (500 steps of warm-up, linear)",
+        optimizer="adamw",
+        learning_rate=0.3,
+        schedule="linear",
+        warmup_steps=500,
+        weight_decay=1e-5,
+        init="vocab",
+    ),
+    "model-tuning": Recipe(
+        summary="all parameters, the baseline prompts are compared with",
+        source="T5 fine-tuning: Raffel et al. 2020, section 3.1.2; T5X finetune defaults",
+        optimizer="adafactor",
+        learning_rate=1e-3,
+        parameter_scale=True,
+        length=0,
+        batch_size=128,
+        dropout=0.1,
+        z_loss=1e-4,
+    ),
+    "t5-pretrain": Recipe(
+        summary="pretraining as T5 did it",
+        source="Raffel et al. 2020, section 3.1.2: rate 1 / sqrt(max(step, 10,000)); steps of T5's "
+        "baseline, 2 ** 19",
+        optimizer="adafactor",
+        learning_rate=1e-2,
+        schedule="rsqrt",
+        warmup_steps=10_000,
+        parameter_scale=True,
+        length=0,
+        batch_size=128,
+        steps=524_288,
+        z_loss=1e-4,
+    ),
+    "pretrain": Recipe(
+        summary="pretraining in few steps, for small models and budgets",
+        source="nanoT5 (Nawrot 2023): AdamW times the parameter's RMS, cosine; there better than "
+        "Adafactor with rsqrt",
+        optimizer="adamw",
+        learning_rate=2e-2,
+        schedule="cosine",
+        warmup_steps=10_000,
+        clip_norm=1.0,
+        parameter_scale=True,
+        length=0,
+        batch_size=144,
+        steps=65_536,
+    ),
+}
+
+# name -> what the peak rate is multiplied by, after (or with "rsqrt" including) the warm-up, from:
+# numpy or jax.numpy, the part done of the run after the warm-up (0..1), finished steps, warm-up
+SCHEDULES: dict[str, Callable[[Any, Any, Any, int], Any]] = {
+    "constant": lambda xp, done, step, warmup: 1.0,
+    "linear": lambda xp, done, step, warmup: 1.0 - done,
+    "cosine": lambda xp, done, step, warmup: 0.5 * (1.0 + xp.cos(math.pi * done)),
+    "rsqrt": lambda xp, done, step, warmup: (
+        (max(warmup, 1) / xp.maximum(step + 1.0, max(warmup, 1))) ** 0.5
+    ),
+}
+
+
+def resolve(config: OptimConfig) -> Recipe:
+    """The recipe a configuration names, with the user's values in it.
+
+    Raises: UserError for an unknown name or a value out of range.
+    """
+    _known("optim.recipe", config.recipe, RECIPES)
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name != "recipe" and getattr(config, field.name) is not None
+    }
+    recipe = dataclasses.replace(RECIPES[config.recipe], **given)
+    _known("optim.optimizer", recipe.optimizer, OPTIMIZERS)
+    _known("optim.schedule", recipe.schedule, SCHEDULES)
+    for name, (test, right) in _RANGES.items():
+        value = getattr(recipe, name)
+        if not (math.isfinite(value) and test(value)):
+            raise UserError(f"optim.{name} is {value}; it should be {right}")
+    return recipe
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run.
+
+    Adafactor's clipping and the parameter scale look at one tensor at a time, so a leaf that stacks
+    layers (below the name "layers") is treated layer by layer. The functions are pure, one prompt's
+    numbers do not depend on another's, and `jax.vmap` over a leading axis trains a bank.
+
+    Args:
+      config: recipe and overrides.
+      total_steps: length of the run, for the schedule.
+    Returns: an optax transformation for nested dicts of float arrays; its state is of arrays only.
+    Raises: UserError as `resolve` does, or if the warm-up does not fit the run.
+    """
+    recipe = resolve(config)
+    warmup = _warmup(config, recipe, total_steps)
+
+    def schedule(step: jax.typing.ArrayLike) -> Array:
+        return jnp.asarray(_rate(recipe, warmup, total_steps, step, jnp), jnp.float32)
+
+    each = _per_tensor(_BUILDERS[recipe.optimizer](recipe, schedule))
+    if recipe.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), each)
+    return each
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: ArrayTree) -> ArrayTree:
+    """How the optimizer's state of sharded parameters is laid out: for `out_shardings` of `init`.
+
+    Moments of a parameter's own shape lie as the parameter does; counts and factored means are
+    small and are replicated.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      params: arrays, or ShapeDtypeStructs with shardings.
+    Returns: shardings in the structure of `optimizer.init(params)`.
+    Raises: KeyError if a leaf of the state belongs to no parameter.
+    """
+    owners = trees.flatten(params)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        owner = owners[names[0]]
+        sharding = owner.sharding
+        if leaf.shape != owner.shape and isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return sharding
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def learning_rate_at(config: OptimConfig, total_steps: int, step: int) -> float:
+    """The learning rate of the update after `step` finished ones, computed on the host."""
+    recipe = resolve(config)
+    warmup = _warmup(config, recipe, total_steps)
+    return float(_rate(recipe, warmup, total_steps, step, np))
+
+
+def describe(name: str) -> str:
+    """One line on a recipe."""
+    recipe = RECIPES[name]
+    parts = [
+        f"{recipe.optimizer} {recipe.learning_rate:g} {recipe.schedule}",
+        f"weight decay {recipe.weight_decay:g}",
+        f"{recipe.steps:,} steps of {recipe.batch_size}",
+        f"dropout {recipe.dropout:g}",
+    ]
+    if recipe.length:
+        parts.insert(0, f"{recipe.length} slots from {recipe.init}")
+    return f"{name}: {recipe.summary} ({', '.join(parts)}). Source: {recipe.source}"
+
+
+def _adafactor(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """optax's Adafactor equals T5X's, whose decay offset has the other sign of `start_step`."""
+    return optax.adafactor(
+        schedule,
+        decay_rate=recipe.decay_rate,
+        decay_offset=-recipe.start_step,
+        multiply_by_parameter_scale=recipe.parameter_scale,
+        weight_decay_rate=recipe.weight_decay or None,
+        factored=recipe.factored,
+    )
+
+
+def _adamw(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformation:
+    parts = [optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon)]
+    if recipe.parameter_scale:
+        parts.append(optax.scale_by_param_block_rms())
+    if recipe.weight_decay:
+        parts.append(optax.add_decayed_weights(recipe.weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+_BUILDERS = {"adafactor": _adafactor, "adamw": _adamw}
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "learning_rate": (lambda value: value > 0, "above 0"),
+    "warmup_steps": (lambda value: value >= 0, "0 or more"),
+    "weight_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "clip_norm": (lambda value: value >= 0, "0 (no clipping) or more"),
+    "decay_rate": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "start_step": (lambda value: value >= 0, "0 or more"),
+    "beta1": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "beta2": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "epsilon": (lambda value: value > 0, "above 0"),
+}
+
+
+def _per_tensor(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on every leaf alone, and on every layer of a stacked leaf alone.
+
+    The state is {path of the leaf: state of `inner`}, with a leading layer axis for stacked leaves.
+    """
+
+    def apply(function: Callable[..., Any], path: str, *trees_: Any) -> Any:
+        function = jax.vmap(function) if _STACKED in path.split("/") else function
+        return function(*trees_)
+
+    def init(params: ArrayTree) -> dict[str, Any]:
+        return {path: apply(inner.init, path, leaf) for path, leaf in trees.flatten(params).items()}
+
+    def update(
+        grads: ArrayTree, state: dict[str, Any], params: ArrayTree | None = None
+    ) -> tuple[ArrayTree, dict[str, Any]]:
+        if params is None:
+            raise ValueError("the optimizer needs the parameters beside their gradients")
+        leaves = trees.flatten(params)
+        results = {
+            path: apply(inner.update, path, grad, state[path], leaves[path])
+            for path, grad in trees.flatten(grads).items()
+        }
+        updates = trees.unflatten({path: result[0] for path, result in results.items()})
+        return updates, {path: result[1] for path, result in results.items()}
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _rate(recipe: Recipe, warmup: int, total_steps: int, step: Any, xp: Any) -> Any:
+    """Learning rate with numpy or jax.numpy; the first step of a warm-up already moves."""
+    done = xp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+    factor = SCHEDULES[recipe.schedule](xp, done, step, warmup)
+    if warmup and recipe.schedule != "rsqrt":
+        factor = factor * xp.minimum((step + 1.0) / warmup, 1.0)
+    return recipe.learning_rate * factor
+
+
+def _warmup(config: OptimConfig, recipe: Recipe, total_steps: int) -> int:
+    if total_steps < 1:
+        raise UserError(f"a run of {total_steps} steps trains nothing; it needs at least 1")
+    if config.warmup_steps is None:
+        return min(recipe.warmup_steps, total_steps // 10)
+    if recipe.warmup_steps >= total_steps:
+        raise UserError(
+            f"optim.warmup_steps is {recipe.warmup_steps} and the run has {total_steps} steps; the "
+            "warm-up should be shorter"
+        )
+    return recipe.warmup_steps
+
+
+def _known(key: str, name: str, table: Any) -> None:
+    if name not in table:
+        near = difflib.get_close_matches(str(name), list(table), 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"{key} is {name!r}{hint}; there are {', '.join(table)}")

@@ -1,0 +1,155 @@
+"""The picture of a run: its loss and, below it, its scores, from metrics.jsonl.
+
+Called by train and pretrain at the end of a run. matplotlib comes with the extra `plots`; it is
+used through figure objects, without pyplot and its global state.
+"""
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EVAL = "eval/"
+# Okabe & Ito 2008: eight colours that the colour-blind tell apart.
+_BLUE, _VERMILION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+_PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#666666"
+_SCORE_COLOURS = (_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE, _SKY)
+_MARKERS = "osD^vP"
+_DASHES = ((0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
+
+
+def write_run_plot(
+    metrics_jsonl: Path | str,
+    png: Path | str,
+    *,
+    title: str = "",
+    baselines: Mapping[str, float] | None = None,
+) -> str:
+    """Draws loss and scores over steps into a PNG of 1200 pixels' width.
+
+    Args:
+      metrics_jsonl: the run's records; `loss` is raw and smoothed, `eval/loss` beside it,
+        every other `eval/...` a score in percent. Lines that are no record are passed over.
+      png: replaced as a whole; its directory is made where missing.
+      title: for instance "sst2 on jaxprompt-mini".
+      baselines: name -> percent, dashed lines among the scores (majority, bare backbone).
+    Returns: one sentence for the user: where the picture is, or why there is none.
+    """
+    try:
+        agg = importlib.import_module("matplotlib.backends.backend_agg")
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        return "no picture: it needs matplotlib (pip install 'jaxprompt[plots]')"
+    curves = _curves(Path(metrics_jsonl))
+    losses = {name: curves[name] for name in ("loss", f"{EVAL}loss") if name in curves}
+    scores = {n: c for n, c in curves.items() if n.startswith(EVAL) and n not in losses}
+    panels = [
+        (draw, data) for draw, data in ((_draw_losses, losses), (_draw_scores, scores)) if data
+    ]
+    if not panels:
+        return f"no picture: {metrics_jsonl} holds neither a loss nor a score"
+    figure = figures.Figure(figsize=(8, 1 + 3 * len(panels)), dpi=150, layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (draw, data) in zip(all_axes, panels, strict=True):
+        draw(axes, data)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+    if scores:
+        _draw_baselines(all_axes[-1], baselines or {})
+    for axes in all_axes:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].locator_params(axis="x", integer=True)
+    figure.suptitle(title, fontweight="bold")
+    try:
+        _save(agg.FigureCanvasAgg(figure), Path(png))
+    except OSError as error:
+        return f"no picture: cannot write {png}: {error.strerror}"
+    return f"picture: {png}"
+
+
+def smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """Gaussian mean over neighbours, standard deviation `width` places, float64 [len].
+
+    At both ends the weights that fall outside are left out and the rest add up to one.
+    """
+    half = min(3 * width, (len(values) - 1) // 2)
+    kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / max(width, 1)) ** 2)
+    sums = np.convolve(np.asarray(values, np.float64), kernel, mode="same")
+    return sums / np.convolve(np.ones(len(values)), kernel, mode="same")
+
+
+_Curve = tuple[list[float], list[float]]  # steps, values
+
+
+def _curves(path: Path) -> dict[str, _Curve]:
+    curves: dict[str, _Curve] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            step = int(record.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        for name, value in record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return curves
+
+
+def _draw_losses(axes: Any, losses: Mapping[str, _Curve]) -> None:
+    axes.set_ylabel("loss")
+    shown: list[float] = []
+    if "loss" in losses:
+        steps, values = losses["loss"]
+        smoothed = smooth(values, width=len(values) // 80)
+        axes.plot(steps, values, color=_SKY, linewidth=0.8, alpha=0.6, label="training, raw")
+        axes.plot(steps, smoothed, color=_BLUE, linewidth=2, label="training, smoothed")
+        # A few spikes must not flatten the curve that matters.
+        shown += [*np.percentile(values, [0, 99]), *smoothed]
+    if f"{EVAL}loss" in losses:
+        steps, values = losses[f"{EVAL}loss"]
+        style = {"color": _VERMILION, "marker": "o", "markersize": 4, "linewidth": 1.5}
+        axes.plot(steps, values, label="evaluation", **style)
+        shown += values
+    low, high = min(shown), max(shown)
+    margin = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _draw_scores(axes: Any, scores: Mapping[str, _Curve]) -> None:
+    axes.set_ylabel("score, %")
+    for place, (name, (steps, values)) in enumerate(scores.items()):
+        axes.plot(
+            steps,
+            values,
+            color=_SCORE_COLOURS[place % len(_SCORE_COLOURS)],
+            marker=_MARKERS[place % len(_MARKERS)],
+            markersize=4,
+            linewidth=1.8,
+            label=f"{name.removeprefix(EVAL).replace('_', ' ')}, last {values[-1]:.1f}",
+        )
+
+
+def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:
+    for place, (name, percent) in enumerate(baselines.items()):
+        dashes = _DASHES[place % len(_DASHES)]
+        label = f"{name} {percent:.1f}"
+        axes.axhline(percent, color=_GREY, linestyle=dashes, linewidth=1.3, label=label)
+
+
+def _save(canvas: Any, png: Path) -> None:
+    png.parent.mkdir(parents=True, exist_ok=True)
+    partial = png.with_name(f".{png.name}.partial")
+    try:
+        canvas.print_png(str(partial))
+        os.replace(partial, png)
+    finally:
+        partial.unlink(missing_ok=True)

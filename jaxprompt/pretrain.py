@@ -1,0 +1,170 @@
+"""`jaxprompt pretrain`: trains all parameters of a T5 on a mixture of objectives; the same step as `train`.
+
+Span corruption makes a backbone, prefix language modelling adapts one (Lester et al. 2021, section 3.1),
+supervised entries make it steerable. The result is an ordinary Hugging Face directory.
+"""
+
+import argparse
+import dataclasses
+import functools
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxprompt.backbone import load_backbone
+from jaxprompt.checkpoint import Checkpoints
+from jaxprompt.config import PretrainConfig, dump, load_config
+from jaxprompt.data.pretraining import MixtureBatches, MixtureConfig, MixtureEntry
+from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.files import make_directory, write_file
+from jaxprompt.logging import METRICS_FILE, RunLogger
+from jaxprompt.loop import Loop, restore
+from jaxprompt.model import PromptedT5
+from jaxprompt.optim import make_optimizer, resolve
+from jaxprompt.plots import write_run_plot
+from jaxprompt.sharding import make_mesh, replicate, shard_batch
+from jaxprompt.steps import StepOptions, eval_step, init_state, train_step
+from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.layers import init_params
+from jaxprompt.t5.model import T5
+from jaxprompt.t5.weights import save_hf
+from jaxprompt.trees import count, merge, split
+from jaxprompt.typing import ArrayTree, UserError
+
+
+def main(args: argparse.Namespace) -> None:
+    """The command: `jaxprompt pretrain CONFIG.yaml [key=value ...]`."""
+    pretrain(load_config(args.config, args.overrides, PretrainConfig))
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Pretrains or adapts a backbone, resuming what `output_dir` holds.
+
+    Returns: the directory of the finished backbone, `output_dir/backbone`.
+    Raises: UserError for a configuration or data that cannot work.
+    """
+    directory, exported = Path(config.output_dir), Path(config.output_dir) / "backbone"
+
+    # ---- backbone ----------------------------------------------------------------------------------
+    t5_config, params, tokenizer, tokenizer_dir = _start(config)
+    model = PromptedT5(T5(t5_config, params, config.backbone.compute()))
+    graphdef, trained, frozen = split(model, ...)
+
+    # ---- optimizer and step -----------------------------------------------------------------------
+    recipe = resolve(config.optim)
+    total_steps = config.train.steps or recipe.steps
+    optimizer = make_optimizer(config.optim, total_steps)
+    dropout, z_loss = config.backbone.dropout, config.train.z_loss
+    options = StepOptions(
+        z_loss=recipe.z_loss if z_loss is None else z_loss,
+        loss_by=config.train.loss_by,
+        dropout_rate=recipe.dropout if dropout is None else dropout,
+        accumulate=config.train.accumulate,
+    )
+    step = jax.jit(functools.partial(train_step, graphdef, optimizer, options), donate_argnums=0)
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    state = replicate(mesh, init_state(trained, optimizer, config.seed))
+
+    # ---- evaluation and export --------------------------------------------------------------------
+    score = jax.jit(functools.partial(eval_step, graphdef, options))
+
+    def export(trained: ArrayTree) -> None:
+        tree = merge(graphdef, trained, frozen).backbone.tree()
+        save_hf(exported, tree, t5_config, tokenizer_dir=tokenizer_dir, dtype=config.export_dtype)
+
+    def evaluate(number: int, trained: ArrayTree) -> dict[str, float]:
+        metrics = {}
+        for entry in config.validation:
+            fixed = _batches(_alone(entry, config.mixture), tokenizer, t5_config, seed=0)
+            sums = [
+                jax.device_get(score(trained, frozen, shard_batch(mesh, next(fixed))))
+                for _ in range(config.eval_batches)
+            ]
+            fixed.close()
+            total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
+            metrics[f"{entry.objective}/loss"] = total["loss"] / max(total["units"], 1)
+            metrics[f"{entry.objective}/accuracy"] = 100 * total["right"] / max(total["tokens"], 1)
+            metrics[f"{entry.objective}/exact_match"] = (
+                100 * total["exact"] / max(total["examples"], 1)
+            )
+        losses = [value for name, value in metrics.items() if name.endswith("/loss")]
+        metrics["score"] = -sum(losses) / len(losses) if losses else float(number)
+        export(trained)
+        return metrics
+
+    # ---- run --------------------------------------------------------------------------------------
+    batches = _batches(config.mixture, tokenizer, t5_config, config.seed)
+    identity = {
+        "model": dataclasses.asdict(t5_config),
+        "optim": config.optim.recipe,
+        "seed": config.seed,
+    }
+    folder = directory / "checkpoints"
+    with closing(batches), Checkpoints(folder, config.train.keep) as checkpoints:
+        state, progress, resumed = restore(checkpoints, identity, state, batches, total_steps)
+        write_file(make_directory(directory) / "config.yaml", dump(config))
+        with RunLogger(
+            directory, total_steps=total_steps, resumed_step=resumed, active=jax.process_index() == 0,
+            config=dataclasses.asdict(config), **dataclasses.asdict(config.logging),
+        ) as logger:  # fmt: skip
+            logger.note(
+                f"{count(trained):,} parameters, {total_steps:,} steps, output in {directory}"
+            )
+            loop = Loop(
+                step=step, frozen=frozen, batches=batches, put=functools.partial(shard_batch, mesh),
+                config=config.train, total_steps=total_steps, checkpoints=checkpoints,
+                identity=identity, logger=logger, evaluate=evaluate,
+            )  # fmt: skip
+            state = loop.run(state, progress)
+            for number, report in enumerate(batches.report()):
+                logger.note(f"mixture entry {number}: {report}")
+            title = f"pretraining, {count(trained) / 1e6:.1f} M parameters"
+            logger.note(
+                write_run_plot(
+                    directory / METRICS_FILE, directory / "plots" / "run.png", title=title
+                )
+            )
+    return exported
+
+
+def _start(config: PretrainConfig) -> tuple[T5Config, Any, Tokenizer, Path]:
+    """Architecture, float32 parameters, and the vocabulary with its directory."""
+    if config.model is None:
+        backbone = load_backbone(config.backbone.name, revision=config.backbone.revision)
+        return backbone.config, backbone.params, backbone.tokenizer, backbone.directory
+    directory = Path(config.tokenizer)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokenizer.size} tokens, model.vocab_size is only "
+            f"{config.model.vocab_size}"
+        )
+    params = init_params(config.model, jax.random.key(config.seed))
+    return config.model, params, tokenizer, directory
+
+
+def _alone(entry: MixtureEntry, mixture: MixtureConfig) -> MixtureConfig:
+    """A mixture of one entry with rows of the training shape, so that nothing compiles anew."""
+    return dataclasses.replace(
+        mixture,
+        entries=(entry,),
+        row_input_length=mixture.row_input_length
+        or max(e.max_input_length for e in mixture.entries),
+        row_target_length=mixture.row_target_length
+        or max(e.max_target_length for e in mixture.entries),
+    )
+
+
+def _batches(
+    mixture: MixtureConfig, tokenizer: Tokenizer, t5_config: T5Config, seed: int
+) -> MixtureBatches:
+    return MixtureBatches(
+        mixture,
+        tokenizer,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_id=t5_config.decoder_start_id,
+    )

@@ -1,0 +1,26 @@
+"""Typed options out of YAML: read with line numbers, checked against dataclasses, written back.
+
+Called by `config` for a run's options and by any room that reads a typed mapping of its own.
+"""
+
+from jaxprompt.schema.text import (
+    Where,
+    apply_overrides,
+    configs_directory,
+    plain,
+    read_yaml,
+    write_yaml,
+)
+from jaxprompt.schema.typed import dump, from_mapping, to_mapping
+
+__all__ = [
+    "Where",
+    "apply_overrides",
+    "configs_directory",
+    "dump",
+    "from_mapping",
+    "plain",
+    "read_yaml",
+    "to_mapping",
+    "write_yaml",
+]

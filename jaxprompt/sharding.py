@@ -1,0 +1,106 @@
+"""Logical axis names, the one table that maps them to mesh axes, and the helpers that apply it.
+
+A parameter or activation with an axis that has no rule is an error, never a silent replication.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxprompt.typing import ArrayTree, UserError
+
+RULES: dict[str, str | None] = {
+    "batch": "data",
+    "length": None,
+    "embed": None,
+    "heads": "model",
+    "kv": None,
+    "mlp": "model",
+    "vocab": "model",
+    "layers": None,
+    "prompt": None,
+    "buckets": None,
+    "segments": None,
+}
+
+
+def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes (data, model) with Auto axis types.
+
+    Args:
+      data: devices along `data`; -1 takes what `model` leaves.
+      model: devices along `model`.
+      devices: the devices, default all of `jax.devices()`.
+    Raises: UserError if the devices there are do not fill the mesh.
+    """
+    pool = list(jax.devices() if devices is None else devices)
+    if data == -1:
+        data = len(pool) // model
+    if data < 1 or model < 1 or data * model > len(pool):
+        raise UserError(
+            f"a mesh of data {data} x model {model} needs that many devices, {len(pool)} are here"
+        )
+    grid = np.asarray(pool[: data * model], dtype=object).reshape(data, model)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+    """Maps logical axis names to a PartitionSpec.
+
+    Raises: UserError for an axis without a rule, or two axes on one mesh axis.
+    """
+    unknown = [axis for axis in axes if axis not in RULES]
+    if unknown:
+        raise UserError(f"no sharding rule for axis {unknown[0]!r}; rules: {', '.join(RULES)}")
+    mapped = [RULES[axis] for axis in axes]
+    used = [name for name in mapped if name is not None]
+    if len(used) != len(set(used)):
+        raise UserError(f"axes {tuple(axes)} would use a mesh axis twice: {tuple(mapped)}")
+    return PartitionSpec(*mapped)
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array with these logical axes and sizes on `mesh`.
+
+    Raises: UserError if a sharded size does not divide, naming the sizes that would.
+    """
+    spec = partition_spec(axes)
+    for axis, size, name in zip(axes, shape, spec, strict=True):
+        if name is not None and size % mesh.shape[name]:
+            fitting = [n for n in range(1, mesh.shape[name] + 1) if size % n == 0]
+            raise UserError(
+                f"axis {axis!r} of size {size} does not divide over mesh axis {name!r} of "
+                f"{mesh.shape[name]}; {name} sizes that would: {fitting}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def tree_shardings(mesh: Mesh, specs: ArrayTree) -> ArrayTree:
+    """Shardings for a tree of objects with `.axes` and `.shape` (see `t5.layers.ParamSpec`)."""
+    return jax.tree.map(
+        lambda spec: named_sharding(mesh, spec.axes, spec.shape),
+        specs,
+        is_leaf=lambda leaf: hasattr(leaf, "axes"),
+    )
+
+
+def shard_batch(mesh: Mesh, batch: ArrayTree) -> ArrayTree:
+    """Puts a host batch on the mesh, rows over `data`; sizes must divide."""
+    rows = mesh.shape["data"]
+
+    def put(leaf):
+        if leaf.shape[0] % rows:
+            raise UserError(
+                f"batch of {leaf.shape[0]} rows does not divide over {rows} data devices"
+            )
+        spec = PartitionSpec("data", *([None] * (leaf.ndim - 1)))
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, batch)
+
+
+def replicate(mesh: Mesh, tree: ArrayTree) -> ArrayTree:
+    """Puts every leaf whole on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,219 @@
+"""One training step and the scoring step: pure functions of (trained, frozen, batch).
+
+The gradient is taken with respect to the trained tree alone, so with `tune: prompt` the backward
+pass holds no weight-gradient matmul. `train`, `pretrain` and `evaluate` jit these once per shape.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprompt.losses import cross_entropy, segment_sums, token_weights
+from jaxprompt.t5.decode import Generated
+from jaxprompt.trees import merge
+from jaxprompt.typing import Array, ArrayTree, Batch, Candidates
+
+
+_CANDIDATES_AT_ONCE = 4  # decoded together: they share cross-attention's keys and values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes during a run.
+
+    Attributes:
+      step: int32 [], steps taken.
+      trained: the tree the optimizer sees.
+      opt_state: optax state.
+      rng: typed key; step n folds n into it, so a resumed run draws what an unbroken one does.
+    """
+
+    step: Array
+    trained: ArrayTree
+    opt_state: Any
+    rng: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What is compiled into a step.
+
+    Attributes:
+      z_loss: see `losses.cross_entropy`.
+      loss_by: "tokens" or "examples", what the loss is averaged over.
+      dropout_rate: inside the backbone.
+      accumulate: microbatches a step; rows of the batch must divide.
+    """
+
+    z_loss: float = 0.0
+    loss_by: str = "tokens"
+    dropout_rate: float = 0.0
+    accumulate: int = 1
+
+
+def init_state(
+    trained: ArrayTree, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trained=trained,
+        opt_state=optimizer.init(trained),
+        rng=jax.random.key(seed),
+    )
+
+
+def train_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+    state: TrainState,
+    frozen: ArrayTree,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Loss, gradient of the trained tree, update.
+
+    Returns: the next state, and scalars {"loss", "accuracy" (of target tokens), "grad_norm",
+      "trained_norm" (after the update), "tokens", "examples"}; the loss includes z-loss.
+    """
+    key = jax.random.fold_in(state.rng, state.step)
+
+    def weighted_sum(trained: ArrayTree, part: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        model = merge(graphdef, trained, frozen)
+        dropout_key = key if options.dropout_rate else None
+        logits_BTV = model(part, dropout_rate=options.dropout_rate, dropout_key=dropout_key)
+        loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
+        segments = part.example_index_BG.shape[1]
+        weights_BT, units = token_weights(
+            part.loss_weights_BT, part.decoder_segments_BT, segments, options.loss_by
+        )
+        right_BT = (jnp.argmax(logits_BTV, axis=-1) == part.targets_BT) * part.loss_weights_BT
+        return jnp.sum(loss_BT * weights_BT), {
+            "units": units,
+            "right": jnp.sum(right_BT),
+            "tokens": jnp.sum(part.loss_weights_BT),
+            "examples": jnp.sum(part.example_index_BG >= 0).astype(jnp.float32),
+        }
+
+    gradient = jax.value_and_grad(weighted_sum, has_aux=True)
+    if options.accumulate == 1:
+        (loss_sum, sums), grads = gradient(state.trained, batch, key)
+    else:
+        (loss_sum, sums), grads = _accumulated(
+            gradient, state.trained, batch, key, options.accumulate
+        )
+    units = jnp.maximum(sums["units"], 1.0)
+    grads = jax.tree.map(lambda g: g / units, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    metrics = {
+        "loss": loss_sum / units,
+        "accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1.0),
+        "grad_norm": optax.global_norm(grads),
+        "trained_norm": optax.global_norm(trained),
+        "tokens": sums["tokens"],
+        "examples": sums["examples"],
+    }
+    return TrainState(state.step + 1, trained, opt_state, state.rng), metrics
+
+
+def _accumulated(gradient: Any, trained: ArrayTree, batch: Batch, key: Array, parts: int) -> Any:
+    """Sums losses and gradients over microbatches, one after another."""
+
+    def reshape(leaf: Array) -> Array:
+        return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
+
+    def add(total: Any, scanned: tuple[Batch, Array]) -> tuple[Any, None]:
+        part, number = scanned
+        return jax.tree.map(
+            jnp.add, total, gradient(trained, part, jax.random.fold_in(key, number))
+        ), None
+
+    microbatches = jax.tree.map(reshape, batch)
+    shapes = jax.eval_shape(
+        gradient, trained, jax.tree.map(lambda leaf: leaf[0], microbatches), key
+    )
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(parts)))
+    return total
+
+
+def eval_step(
+    graphdef: Any, options: StepOptions, trained: ArrayTree, frozen: ArrayTree, batch: Batch
+) -> dict[str, Array]:
+    """Sums over a batch with teacher forcing and no dropout; add them up, then divide.
+
+    Returns: {"loss" (sum over units), "units", "right" (target tokens), "tokens", "exact" (examples
+      whose every target token is the most likely one), "examples"}.
+    """
+    logits_BTV = merge(graphdef, trained, frozen)(batch)
+    segments = batch.example_index_BG.shape[1]
+    weights_BT, units = token_weights(
+        batch.loss_weights_BT, batch.decoder_segments_BT, segments, options.loss_by
+    )
+    loss_BT = cross_entropy(logits_BTV, batch.targets_BT)
+    right_BT = (jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT) * batch.loss_weights_BT
+    right_BG = segment_sums(right_BT, batch.decoder_segments_BT, segments)
+    tokens_BG = segment_sums(batch.loss_weights_BT, batch.decoder_segments_BT, segments)
+    there_BG = batch.example_index_BG >= 0
+    return {
+        "loss": jnp.sum(loss_BT * weights_BT),
+        "units": units,
+        "right": jnp.sum(right_BT),
+        "tokens": jnp.sum(batch.loss_weights_BT),
+        "exact": jnp.sum((right_BG == tokens_BG) & there_BG).astype(jnp.float32),
+        "examples": jnp.sum(there_BG).astype(jnp.float32),
+    }
+
+
+def target_log_likelihood(
+    graphdef: Any, trained: ArrayTree, frozen: ArrayTree, batch: Batch
+) -> Array:
+    """Summed log-likelihood of each segment's target, float32 [B, G], in nats."""
+    logits_BTV = merge(graphdef, trained, frozen)(batch)
+    loss_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.loss_weights_BT
+    return -segment_sums(loss_BT, batch.decoder_segments_BT, batch.example_index_BG.shape[1])
+
+
+def candidate_scores(
+    graphdef: Any, trained: ArrayTree, frozen: ArrayTree, batch: Batch, candidates: Candidates
+) -> Array:
+    """Summed log-likelihood of every candidate, in nats, the encoder run once.
+
+    Args:
+      batch: only its encoder side, prompt and example indices are read.
+    Returns: float32 [B, G, C], -inf where an example has no such candidate.
+    """
+    model = merge(graphdef, trained, frozen)
+    values, encoded_BSD = model.encode(batch)
+    segments = batch.example_index_BG.shape[1]
+
+    def score(candidate: Candidates) -> Array:
+        answered = dataclasses.replace(
+            batch,
+            decoder_ids_BT=candidate.decoder_ids_CBT,
+            decoder_slots_BT=candidate.decoder_slots_CBT,
+            decoder_segments_BT=candidate.decoder_segments_CBT,
+        )
+        logits_BTV = model.logits(model.decode(answered, values, encoded_BSD))
+        weights_BT = candidate.loss_weights_CBT
+        loss_BT = cross_entropy(logits_BTV, candidate.targets_CBT) * weights_BT
+        sums = (
+            segment_sums(x, answered.decoder_segments_BT, segments) for x in (loss_BT, weights_BT)
+        )
+        loss_BG, tokens_BG = sums
+        return jnp.where(tokens_BG > 0, -loss_BG, -jnp.inf)
+
+    scores_CBG = jax.lax.map(score, candidates, batch_size=_CANDIDATES_AT_ONCE)
+    return jnp.moveaxis(scores_CBG, 0, -1)
+
+
+def generate(
+    graphdef: Any, trained: ArrayTree, frozen: ArrayTree, batch: Batch, *, max_new_tokens: int
+) -> Generated:
+    """Greedy answers, see `t5.decode.greedy`; one segment a row."""
+    return merge(graphdef, trained, frozen).generate(batch, max_new_tokens=max_new_tokens)

@@ -1,0 +1,147 @@
+"""Where backbones come from and what a directory holds: names, downloads, config, fingerprint."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.weight_files import choose_files, open_weights
+from jaxprompt.t5.weights import TOKENIZER_FILES, embedding_is_output, match
+from jaxprompt.typing import UserError
+
+MINI = "jaxprompt-mini"
+_MINI_DIRECTORY = Path(__file__).resolve().parents[1] / "assets" / "mini"
+_FIVE = "small base large xl xxl"
+# name on the hub -> its sizes, one line about it
+_FAMILIES = {
+    "google/t5-{size}-lm-adapt": (_FIVE, "T5 1.1 adapted as a language model; best to prompt"),
+    "google/t5-v1_1-{size}": (_FIVE, "T5 1.1, span corruption only; hard to prompt"),
+    "google-t5/t5-{size}": ("small base large 3b 11b", "T5 1.0, pretrained on many tasks"),
+    "google/flan-t5-{size}": (_FIVE, "T5 1.1 tuned on instructions"),
+    "google/mt5-{size}": (_FIVE, "T5 1.1 for 101 languages"),
+    "google/umt5-{size}": ("small base xl xxl", "T5 1.1 for 107 languages, biases in every layer"),
+    "google/byt5-{size}": (_FIVE, "bytes instead of a vocabulary, deep encoder"),
+    "google/{size}": ("ul2 flan-ul2", "20 billion parameters, gated SiLU"),
+}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NOT_IDENTITY = ("dropout_rate", "model_type")  # of a T5Config: these change no number it computes
+_SAMPLES = 64
+
+
+def list_backbones() -> dict[str, str]:
+    """Known names -> one line about each. Any other T5 on the hub, and any directory, works too."""
+    known = {MINI: "small T5 1.1 of this project, inside the package; needs no network"}
+    for pattern, (sizes, line) in _FAMILIES.items():
+        known |= {pattern.format(size=size): line for size in sizes.split()}
+    return known
+
+
+def resolve_backbone(name: str, revision: str | None = None) -> Path:
+    """The directory of a backbone: the packaged one, a local one, or one downloaded from the hub.
+
+    From the hub come config.json, the tokenizer and one format of weights; what was downloaded
+    before is used again, also without a network.
+
+    Args:
+      name: "jaxprompt-mini", a directory, or a hub name.
+      revision: branch, tag or commit of a hub name; None = main.
+    Raises: UserError if there is no such backbone or it cannot be downloaded.
+    """
+    directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory} holds no config.json, so it is not a backbone")
+        return directory
+    if name == MINI:
+        raise UserError(f"{directory} is missing from this installation; install jaxprompt again")
+    if name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
+        raise UserError(f"backbone {name!r} is no directory and no hub name (owner/model)")
+    return _download(name, revision)
+
+
+def read_config(directory: Path) -> T5Config:
+    """The architecture of a directory: its config.json, and its weights for one question.
+
+    Whether the output layer is the embedding table is read off the weights: since transformers 5,
+    `tie_word_embeddings` in a config.json is no longer about that.
+    Raises: UserError if config.json is missing or malformed, or for damaged weights.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no config.json, so it is not a backbone") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    config = T5Config.from_hf(raw, str(path))
+    tied = embedding_is_output(open_weights(directory))
+    return dataclasses.replace(config, tie_word_embeddings=tied)
+
+
+def fingerprint(directory: Path, config: T5Config | None = None) -> str:
+    """Identity of a backbone: 32 hexadecimal digits over its architecture and its weights.
+
+    Of each tensor 64 evenly spaced values count, in our layout and order, so that the same weights
+    in any format agree; rounded to bfloat16, so that a bfloat16 copy has its original's fingerprint
+    (a float16 copy may not). Values between the samples are not seen: fine-tuning changes the
+    fingerprint, changing a few rows of the vocabulary may not.
+
+    Args:
+      directory: holds config.json and weights.
+      config: if it is already read.
+    Raises: UserError if the weights are damaged or do not fit the architecture.
+    """
+    config = config or read_config(directory)
+    files = open_weights(directory)
+    architecture = {
+        key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IDENTITY
+    }
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for path, entries in sorted(match(files, config).items()):
+        for weight, stored in entries:
+            ours = weight.ours(stored.read(), files.format.flax)
+            picked = np.linspace(0, ours.size - 1, _SAMPLES).round().astype(np.int64)
+            values = ours[np.unravel_index(picked, ours.shape)].astype(np.float32)
+            digest.update(f"{path} {weight.layer} {weight.shape}".encode())
+            digest.update(values.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    # the hub's client raises differently by version and by what is wrong with the network
+    try:
+        wanted = _wanted_files(HfApi().list_repo_files(name, revision=revision))
+        if wanted is not None:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        reason = "it holds no weights in a format that can be read"
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        try:
+            cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except Exception:
+            cached = None
+        if cached is not None and _wanted_files(entry.name for entry in cached.iterdir()):
+            return cached
+    raise UserError(
+        f"backbone {name!r} is no directory and did not come from the hub ({reason}); without a "
+        "network give a directory that holds config.json, the tokenizer's files and the weights"
+    )
+
+
+def _wanted_files(names: Iterable[str]) -> list[str] | None:
+    """Which files of a repository are needed; None if it lacks config or weights."""
+    names = list(names)
+    chosen = choose_files(names)
+    if chosen is None or "config.json" not in names:
+        return None
+    format_, file = chosen
+    shards = [format_.shards] if file == format_.index else []
+    return ["config.json", *TOKENIZER_FILES, file, *shards]

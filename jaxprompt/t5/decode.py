@@ -1,0 +1,268 @@
+"""Greedy decoding with cached keys and values; called through `model.PromptedT5.generate`.
+
+`begin` runs the decoder's beginning and `advance` one position more: all that another search (beam,
+sampling) needs, which would reorder or repeat the rows of `Cache` between two calls.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxprompt.t5.attention import relative_bias
+from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.layers import place_slots, rms_norm
+from jaxprompt.t5.model import (
+    cross_projections,
+    decoder_layer,
+    embed_tokens,
+    layers_unrolled,
+    logits,
+    self_projections,
+)
+from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What self-attention has seen so far; every array has the batch rows on axis 1.
+
+    Attributes:
+      keys, values: [N, B, P+L, H, K], a trained prefix of P first, then up to L positions.
+      position: int32 [], how many of the L are filled.
+      prefix: P.
+    """
+
+    keys: Array
+    values: Array
+    position: Array
+    prefix: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What cross-attention looks at in every step, made once.
+
+    Attributes:
+      keys, values: [N, B, P+S, H, K], a trained prefix of P first, then the encoder's positions.
+      mask_B1S: bool [B, 1, P+S], True where a query may attend.
+    """
+
+    keys: Array
+    values: Array
+    mask_B1S: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a search found.
+
+    Attributes:
+      ids_BT: int32 [B, max_new_tokens], pad id after the end token.
+      log_likelihood_B: float32, summed over the generated tokens, the end token included.
+      ended_B: bool, False where `max_new_tokens` came before the end token.
+    """
+
+    ids_BT: Array
+    log_likelihood_B: Array
+    ended_B: Array
+
+
+def greedy(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    batch: Batch,
+    values: PromptValues,
+    encoded_BSD: Array,
+    *,
+    max_new_tokens: int,
+) -> Generated:
+    """Takes the likeliest token until every row has ended; ties go to the lowest id.
+
+    Args:
+      batch: one segment a row; its decoder fields hold the beginning (start token, decoder slots),
+        equally long in every row. Rows without an example end at once.
+      values: prompt values of the batch.
+      encoded_BSD: the encoder's output.
+    Raises: ValueError if a row has several segments or nothing is to be generated.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, there must be at least 1")
+    encoded, cache, logits_BV = begin(
+        params, config, compute, batch, values, encoded_BSD, max_new_tokens=max_new_tokens
+    )
+    rows = logits_BV.shape[0]
+
+    def take(logits_BV: Array, step: Array, found: Generated) -> Generated:
+        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        log_probability_B = jnp.max(jax.nn.log_softmax(logits_BV), axis=-1)
+        token_B = jnp.where(found.ended_B, config.pad_id, token_B)
+        gained_B = jnp.where(found.ended_B, 0.0, log_probability_B)
+        return Generated(
+            ids_BT=jax.lax.dynamic_update_slice(found.ids_BT, token_B[:, None], (0, step)),
+            log_likelihood_B=found.log_likelihood_B + gained_B,
+            ended_B=found.ended_B | (token_B == config.eos_id),
+        )
+
+    def unfinished(state: tuple[Array, Cache, Generated]) -> Array:
+        step, _, found = state
+        return (step < max_new_tokens) & ~jnp.all(found.ended_B)
+
+    def step_on(state: tuple[Array, Cache, Generated]) -> tuple[Array, Cache, Generated]:
+        step, cache, found = state
+        token_B1 = jax.lax.dynamic_slice_in_dim(found.ids_BT, step - 1, 1, axis=1)
+        embeds_B1D = embed_tokens(params, token_B1, compute)
+        cache, logits_BV = advance(params, config, compute, encoded, cache, embeds_B1D)
+        return step + 1, cache, take(logits_BV, step, found)
+
+    nothing = Generated(
+        ids_BT=jnp.full((rows, max_new_tokens), config.pad_id, jnp.int32),
+        log_likelihood_B=jnp.zeros((rows,), jnp.float32),
+        ended_B=batch.example_index_BG[:, 0] < 0,
+    )
+    first = take(logits_BV, jnp.zeros((), jnp.int32), nothing)
+    _, _, found = jax.lax.while_loop(unfinished, step_on, (jnp.ones((), jnp.int32), cache, first))
+    return found
+
+
+def begin(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    batch: Batch,
+    values: PromptValues,
+    encoded_BSD: Array,
+    *,
+    max_new_tokens: int,
+) -> tuple[Encoded, Cache, Array]:
+    """Runs the decoder's beginning.
+
+    Args: as `greedy`.
+    Returns: what cross-attention looks at, the cache with room for `max_new_tokens` more positions,
+      and the logits of the first new token, float32 [B, V].
+    """
+    index_BG = batch.prompt_index_BG if values.prompt_index_BG is None else values.prompt_index_BG
+    if index_BG.shape[1] != 1:
+        raise ValueError(f"generation takes 1 example a row, got room for {index_BG.shape[1]}")
+    index_B = index_BG[:, 0]
+    encoded = _encoded(
+        params, encoded_BSD, batch.encoder_segments_BS, values.decoder_cross, index_B
+    )
+    embeds_BTD = embed_tokens(params, batch.decoder_ids_BT, compute)
+    if values.decoder is not None:
+        embeds_BTD = place_slots(
+            embeds_BTD, batch.decoder_slots_BT, batch.decoder_segments_BT, values.decoder, index_BG
+        )
+    rows, length, _ = embeds_BTD.shape
+    room = length + max_new_tokens
+    cache = _empty_cache(config, rows, room, embeds_BTD.dtype, values.decoder_self, index_B)
+    cache, logits_BV = advance(params, config, compute, encoded, cache, embeds_BTD)
+    return encoded, cache, logits_BV
+
+
+def advance(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    encoded: Encoded,
+    cache: Cache,
+    embeds_BTD: Array,
+) -> tuple[Cache, Array]:
+    """Runs the next T positions of the decoder.
+
+    Args:
+      embeds_BTD: embeddings of those positions.
+    Returns: the cache with them in it, and the logits of the last one, float32 [B, V].
+    """
+    stack = params["decoder"]
+    length = embeds_BTD.shape[1]
+    query_positions_T = cache.position + jnp.arange(length)
+    key_positions_S = jnp.arange(cache.keys.shape[2]) - cache.prefix
+    mask_1TS = (key_positions_S[None, :] <= query_positions_T[:, None])[None]
+
+    def bias_of(table_HR: Array) -> Array:
+        bias_HTS = relative_bias(
+            table_HR,
+            query_positions_T,
+            key_positions_S,
+            bidirectional=False,
+            max_distance=config.relative_attention_max_distance,
+        )
+        return jnp.where((key_positions_S >= 0)[None, None], bias_HTS, 0.0)
+
+    shared = (
+        None if config.per_layer_relative_bias else bias_of(stack["relpos_bias"]["rel_embedding"])
+    )
+
+    def layer(carry: tuple[Array, Array, Array], scanned: tuple) -> tuple[tuple, None]:
+        x_BTD, keys_NBSHK, values_NBSHK = carry
+        number, p, cross_keys, cross_values = scanned
+        query, key, value = self_projections(p, config, x_BTD)
+        at = (number, 0, cache.prefix + cache.position, 0, 0)
+        keys_NBSHK = jax.lax.dynamic_update_slice(keys_NBSHK, key[None], at)
+        values_NBSHK = jax.lax.dynamic_update_slice(values_NBSHK, value[None], at)
+        bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared is None else shared
+        self_over = (keys_NBSHK[number], values_NBSHK[number], bias, mask_1TS)
+        cross_over = (cross_keys, cross_values, None, encoded.mask_B1S)
+        x_BTD = decoder_layer(p, config, x_BTD, query, self_over, cross_over)
+        return (x_BTD, keys_NBSHK, values_NBSHK), None
+
+    layers = config.num_decoder_layers
+    (x_BTD, keys, values), _ = jax.lax.scan(
+        layer,
+        (embeds_BTD, cache.keys, cache.values),
+        (jnp.arange(layers), stack["layers"], encoded.keys, encoded.values),
+        unroll=layers_unrolled(compute, layers),
+    )
+    x_BD = rms_norm(stack["decoder_norm"]["scale"], x_BTD[:, -1], config.layer_norm_epsilon)
+    cache = Cache(keys, values, cache.position + length, cache.prefix)
+    return cache, logits(params, config, x_BD)
+
+
+def _encoded(
+    params: ArrayTree,
+    encoded_BSD: Array,
+    segments_BS: Array,
+    prefix: KeysValues | None,
+    index_B: Array,
+) -> Encoded:
+    """Cross-attention's keys and values of all layers, a trained prefix before them."""
+    project_all = jax.vmap(cross_projections, in_axes=(0, None))
+    keys, values = project_all(params["decoder"]["layers"], encoded_BSD)
+    mask_B1S = (segments_BS == 1)[:, None]
+    if prefix is not None:
+        slots = prefix.keys.shape[2]
+        keys, values = _behind(prefix, index_B, keys, values)
+        mask_B1S = jnp.pad(mask_B1S, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
+    return Encoded(keys, values, mask_B1S)
+
+
+def _empty_cache(
+    config: T5Config,
+    rows: int,
+    room: int,
+    dtype: jnp.dtype,
+    prefix: KeysValues | None,
+    index_B: Array,
+) -> Cache:
+    """A cache with a trained prefix and `room` positions to fill."""
+    shape = (config.num_decoder_layers, rows, room, config.num_heads, config.d_kv)
+    keys = values = jnp.zeros(shape, dtype)
+    slots = 0
+    if prefix is not None:
+        slots = prefix.keys.shape[2]
+        keys, values = _behind(prefix, index_B, keys, values)
+    return Cache(keys, values, jnp.zeros((), jnp.int32), slots)
+
+
+def _behind(prefix: KeysValues, index_B: Array, keys: Array, values: Array) -> tuple[Array, ...]:
+    """Keys and values [N, B, S, H, K] with each row's prefix before them: [N, B, P+S, H, K]."""
+    pairs = ((prefix.keys, keys), (prefix.values, values))
+    return tuple(
+        jnp.concatenate([trained[:, index_B].astype(own.dtype), own], axis=2)
+        for trained, own in pairs
+    )

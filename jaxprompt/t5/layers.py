@@ -1,0 +1,175 @@
+"""The parameter tree as data (`param_specs`) and T5's small layers as functions on it.
+
+Weights are loaded, sharded, initialised and checked against `param_specs`; nothing else knows shapes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxprompt.t5.config import T5Config
+from jaxprompt.typing import Array, ArrayTree
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical name of each axis, and the scale of its random init.
+
+    `stddev` None means ones (norm scales).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    stddev: float | None
+
+
+def param_specs(config: T5Config) -> dict:
+    """Nested dict of ParamSpec, T5X's words, layers stacked on a leading axis.
+
+    Standard deviations follow Mesh TensorFlow's T5; the untied output layer has d_model**-0.5 (not
+    transformers' 1), which starts the loss near ln(V).
+    """
+    tree = {
+        "token_embedder": {
+            "embedding": ParamSpec((config.vocab_size, config.d_model), ("vocab", "embed"), 1.0)
+        },
+        "encoder": _stack_specs(config, config.num_layers, decoder=False),
+        "decoder": _stack_specs(config, config.num_decoder_layers, decoder=True),
+    }
+    if not config.tie_word_embeddings:
+        kernel = ParamSpec(
+            (config.d_model, config.vocab_size), ("embed", "vocab"), config.d_model**-0.5
+        )
+        tree["decoder"]["logits_dense"] = {"kernel": kernel}
+    return tree
+
+
+def _stack_specs(config: T5Config, layers: int, *, decoder: bool) -> dict:
+    d, heads, kv = config.d_model, config.num_heads, config.d_kv
+    scale = ParamSpec((layers, d), ("layers", "embed"), None)
+
+    def projection(stddev: float) -> dict:
+        return {
+            "kernel": ParamSpec((layers, d, heads, kv), ("layers", "embed", "heads", "kv"), stddev)
+        }
+
+    def attention() -> dict:
+        out = ParamSpec(
+            (layers, heads, kv, d), ("layers", "heads", "kv", "embed"), (heads * kv) ** -0.5
+        )
+        return {
+            "query": projection((d * kv) ** -0.5),
+            "key": projection(d**-0.5),
+            "value": projection(d**-0.5),
+            "out": {"kernel": out},
+        }
+
+    wi = {"kernel": ParamSpec((layers, d, config.d_ff), ("layers", "embed", "mlp"), d**-0.5)}
+    mlp = {"wi_0": wi, "wi_1": dict(wi)} if config.gated else {"wi": wi}
+    mlp["wo"] = {
+        "kernel": ParamSpec((layers, config.d_ff, d), ("layers", "mlp", "embed"), config.d_ff**-0.5)
+    }
+    block: dict = {"mlp": mlp, "pre_mlp_layer_norm": {"scale": scale}}
+    if decoder:
+        block["self_attention"] = attention()
+        block["pre_self_attention_layer_norm"] = {"scale": scale}
+        block["encoder_decoder_attention"] = attention()
+        block["pre_cross_attention_layer_norm"] = {"scale": scale}
+    else:
+        block["attention"] = attention()
+        block["pre_attention_layer_norm"] = {"scale": scale}
+    final_norm = {"scale": ParamSpec((d,), ("embed",), None)}
+    stack: dict = {"layers": block, ("decoder_norm" if decoder else "encoder_norm"): final_norm}
+    buckets = config.relative_attention_num_buckets
+    if config.per_layer_relative_bias:
+        table = ParamSpec((layers, heads, buckets), ("layers", "heads", "buckets"), d**-0.5)
+        block["relpos_bias"] = {"rel_embedding": table}
+    else:
+        table = ParamSpec((heads, buckets), ("heads", "buckets"), d**-0.5)
+        stack["relpos_bias"] = {"rel_embedding": table}
+    return stack
+
+
+def init_params(config: T5Config, key: Array, dtype: str = "float32") -> dict:
+    """Random parameters as T5 is initialised; normal with each spec's stddev."""
+    specs, treedef = jax.tree.flatten(param_specs(config), is_leaf=_is_spec)
+    keys = jax.random.split(key, len(specs))
+
+    def draw(spec: ParamSpec, key: Array) -> Array:
+        if spec.stddev is None:
+            return jnp.ones(spec.shape, dtype)
+        return (jax.random.normal(key, spec.shape) * spec.stddev).astype(dtype)
+
+    return treedef.unflatten([draw(spec, key) for spec, key in zip(specs, keys, strict=True)])
+
+
+def abstract_params(config: T5Config, dtype: str = "float32") -> dict:
+    """The tree as ShapeDtypeStructs: all that planning and loading need to know."""
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)),
+        param_specs(config),
+        is_leaf=_is_spec,
+    )
+
+
+def _is_spec(leaf: object) -> bool:
+    return isinstance(leaf, ParamSpec)
+
+
+def rms_norm(scale_D: Array, x: Array, epsilon: float) -> Array:
+    """T5's layer norm: no mean, no bias; computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = (x32 * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+    return normed * scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity when the rate is 0 or no key is given."""
+    if not rate or key is None:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def mlp(
+    params: ArrayTree, x_BSD: Array, activation: str, rate: float = 0.0, key: Array | None = None
+) -> Array:
+    """Feed-forward block, gated (T5 1.1: `wi_0` activated times `wi_1`) or plain (`wi`)."""
+    act = ACTIVATIONS[activation]
+    if "wi" in params:
+        hidden = act(x_BSD @ params["wi"]["kernel"])
+    else:
+        hidden = act(x_BSD @ params["wi_0"]["kernel"]) * (x_BSD @ params["wi_1"]["kernel"])
+    return dropout(hidden, rate, key) @ params["wo"]["kernel"]
+
+
+def place_slots(
+    embeds_BSD: Array,
+    slots_BS: Array,
+    segments_BS: Array,
+    values_QPD: Array,
+    prompt_index_BG: Array,
+) -> Array:
+    """Puts prompt values where the layout wants slots: one gather, whatever the layout.
+
+    Args:
+      embeds_BSD: token embeddings.
+      slots_BS: slot index or -1 (a token stays).
+      segments_BS: segment ids; they pick the prompt through `prompt_index_BG`.
+      values_QPD: slot embeddings of Q prompts, any float dtype.
+    Returns: [B, S, D] in the dtype of `embeds_BSD`.
+    """
+    prompt_BS = jnp.take_along_axis(prompt_index_BG, jnp.maximum(segments_BS - 1, 0), axis=1)
+    prompts, slots, d_model = values_QPD.shape
+    row_BS = prompt_BS * slots + jnp.maximum(slots_BS, 0)
+    slot_BSD = values_QPD.astype(embeds_BSD.dtype).reshape(prompts * slots, d_model)[row_BS]
+    return jnp.where(slots_BS[..., None] >= 0, slot_BSD, embeds_BSD)

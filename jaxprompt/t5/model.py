@@ -1,0 +1,341 @@
+"""T5 encoder and decoder as functions on the stacked parameter tree, and the NNX module around them.
+
+Reading order: `encode`, `decode`, `logits`; each scans one layer function over the stacked layers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxprompt.t5.attention import (
+    attend,
+    project,
+    project_out,
+    relative_bias,
+    segment_mask,
+    with_prefix,
+)
+from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.layers import ParamSpec, dropout, mlp, param_specs, place_slots, rms_norm
+from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
+
+
+class T5(nnx.Module):
+    """The backbone: one `nnx.Param` per stacked parameter, at T5X's names.
+
+    Args:
+      config: the architecture.
+      params: nested dict as `param_specs` describes it (arrays or abstract).
+      compute: dtype, unrolling, rematerialisation.
+    """
+
+    def __init__(self, config: T5Config, params: ArrayTree, compute: Compute | None = None):
+        self.config = config
+        self.compute = compute or Compute()
+        self.params = _Room(params, param_specs(config))
+
+    def tree(self) -> dict:
+        """The parameters as a plain nested dict, in the compute dtype (a no-op when frozen)."""
+        dtype = self.compute.dtype
+        return jax.tree.map(
+            lambda leaf: leaf.astype(dtype), nnx.to_pure_dict(nnx.state(self.params))
+        )
+
+
+class _Room(nnx.Module):
+    """A nested dict of parameters as nested modules; axes travel as inert metadata."""
+
+    def __init__(self, params: ArrayTree, specs: Any):
+        for name, leaf in params.items():
+            spec = specs[name]
+            if isinstance(spec, ParamSpec):
+                setattr(self, name, nnx.Param(leaf, axes=spec.axes))
+            else:
+                setattr(self, name, _Room(leaf, spec))
+
+
+def embed_tokens(params: ArrayTree, ids: Array, compute: Compute) -> Array:
+    """int32 [...] -> [..., D] in the compute dtype."""
+    return params["token_embedder"]["embedding"][ids].astype(compute.dtype)
+
+
+def encode(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    embeds_BSD: Array,
+    segments_BS: Array,
+    *,
+    prefix: KeysValues | None = None,
+    prompt_index_BG: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Encoder over embeddings that already hold the slots: [B, S, D] -> [B, S, D].
+
+    Args:
+      segments_BS: segment ids, 0 = padding; attention stays inside a segment.
+      prefix: trained keys and values of every layer, with `prompt_index_BG` to choose among them.
+      dropout_key: None = no dropout.
+    """
+    stack = params["encoder"]
+    mask_BSS = segment_mask(segments_BS, segments_BS)
+    positions_S = jnp.arange(embeds_BSD.shape[1])
+    bias_of = functools.partial(
+        relative_bias,
+        query_positions_T=positions_S,
+        key_positions_S=positions_S,
+        bidirectional=True,
+        max_distance=config.relative_attention_max_distance,
+    )
+    shared_bias = (
+        None if config.per_layer_relative_bias else bias_of(stack["relpos_bias"]["rel_embedding"])
+    )
+
+    def layer(x_BSD: Array, scanned: tuple) -> tuple[Array, None]:
+        p, prefix_QPHK, key = scanned
+        keys = _layer_keys(key, 4)
+        h = rms_norm(p["pre_attention_layer_norm"]["scale"], x_BSD, config.layer_norm_epsilon)
+        bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared_bias is None else shared_bias
+        query, key_, value = (
+            project(p["attention"][n]["kernel"], h) for n in ("query", "key", "value")
+        )
+        mask = mask_BSS
+        if prefix_QPHK is not None:
+            key_, value, bias, mask = with_prefix(
+                prefix_QPHK, prompt_index_BG, key_, value, bias, mask, segments_BS
+            )
+        context = attend(query, key_, value, bias, mask, dropout_rate, keys[0])
+        attended = project_out(p["attention"]["out"]["kernel"], context)
+        x_BSD = x_BSD + dropout(attended, dropout_rate, keys[1])
+        return _mlp_block(p, config, x_BSD, dropout_rate, keys[2:]), None
+
+    x_BSD = _run_stack(
+        layer,
+        embeds_BSD,
+        stack["layers"],
+        prefix,
+        config.num_layers,
+        compute,
+        dropout_rate,
+        dropout_key,
+    )
+    x_BSD = rms_norm(stack["encoder_norm"]["scale"], x_BSD, config.layer_norm_epsilon)
+    return dropout(x_BSD, dropout_rate, _fold(dropout_key, 1))
+
+
+def decode(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    embeds_BTD: Array,
+    segments_BT: Array,
+    encoded_BSD: Array,
+    encoder_segments_BS: Array,
+    *,
+    self_prefix: KeysValues | None = None,
+    cross_prefix: KeysValues | None = None,
+    prompt_index_BG: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Decoder with teacher forcing: embeddings [B, T, D] -> final hidden states [B, T, D]."""
+    stack = params["decoder"]
+    self_mask_BTT = segment_mask(segments_BT, segments_BT, causal=True)
+    cross_mask_BTS = segment_mask(segments_BT, encoder_segments_BS)
+    positions_T = jnp.arange(embeds_BTD.shape[1])
+    bias_of = functools.partial(
+        relative_bias,
+        query_positions_T=positions_T,
+        key_positions_S=positions_T,
+        bidirectional=False,
+        max_distance=config.relative_attention_max_distance,
+    )
+    shared_bias = (
+        None if config.per_layer_relative_bias else bias_of(stack["relpos_bias"]["rel_embedding"])
+    )
+
+    def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, None]:
+        p, prefixes, key = scanned
+        self_QPHK, cross_QPHK = prefixes if prefixes is not None else (None, None)
+        keys = _layer_keys(key, 6)
+        query, key_, value = self_projections(p, config, x_BTD)
+        bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared_bias is None else shared_bias
+        self_over = (key_, value, bias, self_mask_BTT)
+        if self_QPHK is not None:
+            self_over = with_prefix(self_QPHK, prompt_index_BG, *self_over, segments_BT)
+        key_, value = cross_projections(p, encoded_BSD)
+        cross_over = (key_, value, None, cross_mask_BTS)
+        if cross_QPHK is not None:
+            cross_over = with_prefix(cross_QPHK, prompt_index_BG, *cross_over, segments_BT)
+        x_BTD = decoder_layer(p, config, x_BTD, query, self_over, cross_over, dropout_rate, keys)
+        return x_BTD, None
+
+    prefixes = None if self_prefix is None and cross_prefix is None else (self_prefix, cross_prefix)
+    x_BTD = _run_stack(
+        layer,
+        embeds_BTD,
+        stack["layers"],
+        prefixes,
+        config.num_decoder_layers,
+        compute,
+        dropout_rate,
+        dropout_key,
+    )
+    x_BTD = rms_norm(stack["decoder_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
+    return dropout(x_BTD, dropout_rate, _fold(dropout_key, 1))
+
+
+def self_projections(p: ArrayTree, config: T5Config, x_BTD: Array) -> tuple[Array, Array, Array]:
+    """Queries, keys and values [B, T, H, K] of a decoder layer's self-attention."""
+    h = rms_norm(p["pre_self_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
+    kernels = p["self_attention"]
+    return tuple(project(kernels[name]["kernel"], h) for name in ("query", "key", "value"))
+
+
+def cross_projections(p: ArrayTree, encoded_BSD: Array) -> tuple[Array, Array]:
+    """Keys and values [B, S, H, K] of a decoder layer's cross-attention."""
+    kernels = p["encoder_decoder_attention"]
+    return tuple(project(kernels[name]["kernel"], encoded_BSD) for name in ("key", "value"))
+
+
+def decoder_layer(
+    p: ArrayTree,
+    config: T5Config,
+    x_BTD: Array,
+    query_BTHK: Array,
+    self_over: tuple[Array, Array, Array | None, Array],
+    cross_over: tuple[Array, Array, Array | None, Array],
+    dropout_rate: float = 0.0,
+    dropout_keys: tuple = (None,) * 6,
+) -> Array:
+    """One decoder layer, given what its attentions look at; training and cached decoding share it.
+
+    Args:
+      query_BTHK: of the self-attention, from `self_projections`.
+      self_over, cross_over: (keys, values, bias, mask) as `attend` takes them.
+    """
+    keys = dropout_keys
+    context = attend(query_BTHK, *self_over, dropout_rate, keys[0])
+    attended = project_out(p["self_attention"]["out"]["kernel"], context)
+    x_BTD = x_BTD + dropout(attended, dropout_rate, keys[1])
+    h = rms_norm(p["pre_cross_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
+    kernels = p["encoder_decoder_attention"]
+    context = attend(project(kernels["query"]["kernel"], h), *cross_over, dropout_rate, keys[2])
+    attended = project_out(kernels["out"]["kernel"], context)
+    x_BTD = x_BTD + dropout(attended, dropout_rate, keys[3])
+    return _mlp_block(p, config, x_BTD, dropout_rate, keys[4:])
+
+
+def logits(params: ArrayTree, config: T5Config, hidden: Array) -> Array:
+    """Final hidden states [..., D] -> float32 [..., V]."""
+    if config.scale_decoder_outputs:
+        hidden = hidden * config.d_model**-0.5
+    if config.tie_word_embeddings:
+        kernel = params["token_embedder"]["embedding"]
+        return jnp.einsum(
+            "...d,vd->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+    kernel = params["decoder"]["logits_dense"]["kernel"]
+    return jnp.einsum(
+        "...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def encode_batch(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    batch: Batch,
+    values: PromptValues,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Embeds a batch's encoder side, places its slots and encodes it: float [B, S, D]."""
+    index_BG = batch.prompt_index_BG if values.prompt_index_BG is None else values.prompt_index_BG
+    embeds_BSD = embed_tokens(params, batch.encoder_ids_BS, compute)
+    if values.input_delta is not None:
+        embeds_BSD = embeds_BSD + values.input_delta.astype(embeds_BSD.dtype)
+    if values.encoder is not None:
+        embeds_BSD = place_slots(
+            embeds_BSD, batch.encoder_slots_BS, batch.encoder_segments_BS, values.encoder, index_BG
+        )
+    embeds_BSD = dropout(embeds_BSD, dropout_rate, _fold(dropout_key, 0))
+    return encode(
+        params, config, compute, embeds_BSD, batch.encoder_segments_BS,
+        prefix=values.encoder_self, prompt_index_BG=index_BG,
+        dropout_rate=dropout_rate, dropout_key=_fold(dropout_key, 1),
+    )  # fmt: skip
+
+
+def decode_batch(
+    params: ArrayTree,
+    config: T5Config,
+    compute: Compute,
+    batch: Batch,
+    values: PromptValues,
+    encoded_BSD: Array,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Runs a batch's decoder side over its encoder output: final hidden states [B, T, D]."""
+    index_BG = batch.prompt_index_BG if values.prompt_index_BG is None else values.prompt_index_BG
+    embeds_BTD = embed_tokens(params, batch.decoder_ids_BT, compute)
+    if values.decoder is not None:
+        embeds_BTD = place_slots(
+            embeds_BTD, batch.decoder_slots_BT, batch.decoder_segments_BT, values.decoder, index_BG
+        )
+    embeds_BTD = dropout(embeds_BTD, dropout_rate, _fold(dropout_key, 2))
+    return decode(
+        params, config, compute, embeds_BTD, batch.decoder_segments_BT, encoded_BSD, batch.encoder_segments_BS,
+        self_prefix=values.decoder_self, cross_prefix=values.decoder_cross, prompt_index_BG=index_BG,
+        dropout_rate=dropout_rate, dropout_key=_fold(dropout_key, 3),
+    )  # fmt: skip
+
+
+def _mlp_block(p: ArrayTree, config: T5Config, x: Array, rate: float, keys: tuple) -> Array:
+    h = rms_norm(p["pre_mlp_layer_norm"]["scale"], x, config.layer_norm_epsilon)
+    return x + dropout(mlp(p["mlp"], h, config.activation, rate, keys[0]), rate, keys[1])
+
+
+def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout_key):
+    """Scans `layer` over stacked parameters, prefixes and dropout keys."""
+    keys = None
+    if dropout_rate and dropout_key is not None:
+        keys = jax.random.split(_fold(dropout_key, 0), count)
+    prefixes = jax.tree.map(
+        lambda leaf: (leaf.keys, leaf.values),
+        prefixes,
+        is_leaf=lambda leaf: isinstance(leaf, KeysValues),
+    )
+    if compute.remat == "full":
+        layer = jax.checkpoint(layer)
+    elif compute.remat == "dots":
+        layer = jax.checkpoint(
+            layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        )
+    x, _ = jax.lax.scan(layer, x, (layers, prefixes, keys), unroll=layers_unrolled(compute, count))
+    return x
+
+
+def layers_unrolled(compute: Compute, count: int) -> int:
+    """How many of `count` layers one scan iteration holds.
+
+    Unrolling is faster on CPU, but there a loop is what makes rematerialisation save memory: with
+    unrolled layers the scheduler recomputes early and keeps everything.
+    """
+    unrolled = count if jax.default_backend() == "cpu" and compute.remat == "none" else 1
+    return min(compute.scan_unroll or unrolled, count)
+
+
+def _layer_keys(key: Array | None, count: int) -> tuple:
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))
+
+
+def _fold(key: Array | None, number: int) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, number)

@@ -1,0 +1,293 @@
+"""Hugging Face weights to the stacked parameter tree and back: `load_params`, `save_hf`, `match`.
+
+Loading is closed on both sides: every key there is and every key that is wanted is accounted for,
+or it stops and names them.
+"""
+
+import collections
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprompt.files import replacing_directory, writing
+from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.layers import abstract_params
+from jaxprompt.t5.weight_files import WeightFiles, name_some, open_weights
+from jaxprompt.t5.weight_names import Weight, spell, weight_table
+from jaxprompt.tensorfile import StoredTensor, write_safetensors
+from jaxprompt.trees import flatten, map_with_path
+from jaxprompt.typing import ArrayTree, UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+)
+HOST_BYTES = 64 * 2**20
+SHARD_BYTES = 5 * 10**9
+
+# copies of the embedding table; the first that is there is read, the others must equal it
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# left over from a bug of early transformers: a bias of cross-attention that was never used
+IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+
+def match(files: WeightFiles, config: T5Config) -> dict[str, list[tuple[Weight, StoredTensor]]]:
+    """Gives every parameter its stored tensors: path -> one entry, or one for each layer.
+
+    Raises: UserError naming keys that are missing, unknown, of another shape or not of numbers, and
+      copies of the embedding table (or of a tied output layer) that differ from it.
+    """
+    flax, tensors = files.format.flax, dict(files.tensors)
+    for name in IGNORED:
+        tensors.pop(spell(name, "embedding") if flax else name, None)
+    table = weight_table(config)
+    copies = _embedding_copies(tensors, flax, config.tie_word_embeddings)
+    found: dict[str, list[tuple[Weight, StoredTensor]]] = collections.defaultdict(list)
+    missing, misfits = [], []
+    for weight in table:
+        name = weight.stored_name(flax)
+        is_table = weight.name == EMBEDDING_NAMES[0] and copies
+        stored = copies[0][1] if is_table else tensors.pop(name, None)
+        if stored is None:
+            missing.append(name)
+            continue
+        expected = weight.stored_shape(flax)
+        if stored.shape != expected:
+            misfits.append(f"{name} {list(stored.shape)} instead of {list(expected)}")
+        elif not jnp.issubdtype(stored.dtype, jnp.floating):
+            misfits.append(f"{name} of {stored.dtype} instead of floating point numbers")
+        found[weight.path].append((weight, stored))
+    problems = {
+        "missing": missing,
+        "unknown": list(tensors),
+        "of the wrong kind": misfits,
+        "unlike the embedding table it should equal": [
+            name for name, copy in copies[1:] if not _equal(copy, copies[0][1])
+        ],
+    }
+    told = [f"{kind}: {name_some(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise UserError(f"{files.path}: does not fit its config.json; {'; '.join(told)}")
+    return dict(found)
+
+
+def embedding_is_output(files: WeightFiles) -> bool:
+    """Whether the embedding table makes the logits: no output layer is stored, or an equal one."""
+    copies = _embedding_copies(dict(files.tensors), files.format.flax, tied=True)
+    if not copies or copies[-1][0] != _head_name(files.format.flax):
+        return True
+    return _equal(copies[0][1], copies[-1][1])
+
+
+def load_params(
+    directory: Path,
+    config: T5Config,
+    *,
+    dtype: str = "float32",
+    shardings: ArrayTree | None = None,
+    host_bytes: int = HOST_BYTES,
+) -> dict:
+    """Loads a directory's weights, tensor by tensor, into (sharded) device arrays.
+
+    Files stay memory-mapped; the host holds one block of rows (layers) at a time in the target
+    dtype and layout: at most `host_bytes`, or one layer's tensor if that is larger. Each process
+    reads the bytes of its own shards only.
+
+    Args:
+      directory: holds safetensors, torch .bin or Flax msgpack weights, single or sharded.
+      config: what the weights must fit.
+      dtype: of the arrays.
+      shardings: a tree like `param_specs` with a sharding for each; None = the first device.
+      host_bytes: bound on the copy that the host makes.
+    Returns: nested dict of arrays as `t5.layers.param_specs` describes it.
+    Raises: UserError if files are damaged or do not fit the architecture, see `match`.
+    """
+    files = open_weights(directory)
+    matched = match(files, config)
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = alone if shardings is None else flatten(shardings)[path]
+        return _place(_filler(matched[path], files.format.flax), leaf, sharding, host_bytes)
+
+    return map_with_path(place, abstract_params(config, dtype))
+
+
+def save_hf(
+    directory: Path,
+    params: ArrayTree,
+    config: T5Config,
+    tokenizer_dir: Path | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a directory that `transformers` and `load_params` both load; atomic.
+
+    Args:
+      directory: takes the place of whatever is there.
+      params: nested dict of arrays as `load_params` gives it.
+      config: goes into config.json.
+      tokenizer_dir: its tokenizer files are copied.
+      dtype: of the stored tensors, "float32" or "bfloat16".
+      shard_bytes: more than this is cut into several files with an index, as on the hub; also what
+        the host holds at most while writing.
+    Raises: UserError if parameters and config disagree or the disk is full.
+    """
+    table, flat = weight_table(config), _checked(params, config)
+    kind = jnp.dtype(dtype)
+    shards = _cut(table, kind.itemsize, shard_bytes)
+    with replacing_directory(directory) as temporary, writing(directory):
+        _write_json(temporary / "config.json", config.to_hf() | {"dtype": dtype})
+        for name in TOKENIZER_FILES:
+            if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
+                shutil.copy2(Path(tokenizer_dir) / name, temporary / name)
+        for file, weights in shards.items():
+            tensors = {}
+            for weight in weights:
+                leaf = flat[weight.path]
+                array = leaf if weight.layer is None else _take_row(leaf, weight.layer)
+                tensors[weight.name] = np.ascontiguousarray(weight.theirs(np.asarray(array)), kind)
+            write_safetensors(temporary / file, tensors)
+        if len(shards) > 1:
+            total = sum(math.prod(weight.shape) for weight in table) * kind.itemsize
+            places = {weight.name: file for file, weights in shards.items() for weight in weights}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            _write_json(temporary / "model.safetensors.index.json", index)
+
+
+def _embedding_copies(
+    tensors: dict[str, StoredTensor], flax: bool, tied: bool
+) -> list[tuple[str, StoredTensor]]:
+    """Takes out every copy of the embedding table, the one to read first; all in its layout."""
+    names = [spell(name, "embedding") if flax else name for name in EMBEDDING_NAMES]
+    copies = [(name, tensors.pop(name)) for name in names if name in tensors]
+    head = _head_name(flax)
+    if tied and head in tensors:
+        copies.append((head, tensors.pop(head).transposed() if flax else tensors.pop(head)))
+    return copies
+
+
+def _head_name(flax: bool) -> str:
+    return "lm_head/kernel" if flax else "lm_head.weight"
+
+
+def _equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Bitwise equality, a block of rows at a time; copies of one storage need no look."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    one, other = first.read(), second.read()
+    if (one.ctypes.data, one.strides) == (other.ctypes.data, other.strides):
+        return True
+    rows = max(1, HOST_BYTES * len(one) // max(1, one.nbytes))
+    starts = range(0, len(one), rows)
+    return all(np.array_equal(one[at : at + rows], other[at : at + rows]) for at in starts)
+
+
+def _filler(
+    sources: list[tuple[Weight, StoredTensor]], flax: bool
+) -> Callable[[np.ndarray, tuple[slice, ...]], None]:
+    """A function that writes one part of a parameter into a block, cast to the block's dtype."""
+    if sources[0][0].layer is None:
+        whole = sources[0][0].ours(sources[0][1].read(), flax)
+
+        def fill(block: np.ndarray, index: tuple[slice, ...]) -> None:
+            block[...] = whole[index]
+    else:
+
+        def fill(block: np.ndarray, index: tuple[slice, ...]) -> None:
+            layers, *rest = index
+            for row, (weight, stored) in zip(block, sources[layers], strict=True):
+                row[...] = weight.ours(stored.read(), flax)[tuple(rest)]
+
+    return fill
+
+
+def _place(
+    fill: Callable[[np.ndarray, tuple[slice, ...]], None],
+    leaf: jax.ShapeDtypeStruct,
+    sharding: jax.sharding.Sharding,
+    host_bytes: int,
+) -> jax.Array:
+    """Builds one (sharded) array: each distinct shard block by block, each on all its devices."""
+    holders = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        parts = zip(index or (), leaf.shape, strict=True)
+        holders[tuple(part.indices(size)[:2] for part, size in parts)].append(device)
+    shards = []
+    for spans, devices in holders.items():
+        (start, stop), *rest = spans
+        shape = tuple(high - low for low, high in spans)
+        row_bytes = math.prod(shape[1:]) * leaf.dtype.itemsize
+        rows = min(max(1, host_bytes // max(1, row_bytes)), stop - start)
+        whole = rows == stop - start
+        zeros = functools.partial(jnp.zeros, shape, leaf.dtype)
+        buffers = [] if whole else [zeros(device=device) for device in devices]
+        # after the buffers: only when it is called again does jax let go of the block before this
+        host = np.empty((rows, *shape[1:]), leaf.dtype)
+        for first in range(start, stop, rows):
+            last = min(first + rows, stop)
+            block = host[: last - first]
+            fill(block, (slice(first, last), *(slice(*span) for span in rest)))
+            if whole:
+                buffers = [jax.device_put(block, device) for device in devices]
+            else:
+                buffers = [_put_rows(buffer, block, first - start) for buffer in buffers]
+            # transfers are asynchronous, and the block is written again
+            jax.block_until_ready(buffers)
+        shards += buffers
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(buffer: jax.Array, block: Any, first: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, block, first, axis=0)
+
+
+@jax.jit
+def _take_row(stacked: jax.Array, row: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, row, axis=0, keepdims=False)
+
+
+def _checked(params: ArrayTree, config: T5Config) -> dict[str, Any]:
+    """The parameters by path, after seeing that the config describes exactly these."""
+    flat = flatten(params)
+    wanted = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    given = {path: leaf.shape for path, leaf in flat.items()}
+    differing = sorted(
+        path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path)
+    )
+    if differing:
+        raise UserError(f"parameters and config differ in {name_some(differing)}")
+    return flat
+
+
+def _cut(table: list[Weight], itemsize: int, shard_bytes: int) -> dict[str, list[Weight]]:
+    """File name -> its tensors; runs of at most `shard_bytes`, or one tensor if that is larger."""
+    shards: list[list[Weight]] = [[]]
+    filled = 0
+    for weight in table:
+        size = math.prod(weight.shape) * itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(weight)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{n:05}-of-{count:05}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

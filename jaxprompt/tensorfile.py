@@ -1,0 +1,121 @@
+"""Tensors that stay on disk (`StoredTensor`), and the safetensors format, read and written.
+
+Every reader of a weights format returns StoredTensors. Only this file touches safetensors.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from jaxprompt.typing import UserError
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weights file, not read yet.
+
+    Attributes:
+      shape: as stored.
+      dtype: as stored.
+      read: gives the array; memory-mapped where the format allows, else a fresh copy.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "StoredTensor":
+        """Wraps an array (usually a view of a memory map)."""
+        return cls(tuple(array.shape), array.dtype, lambda: array)
+
+    def transposed(self) -> "StoredTensor":
+        """The same tensor with its axes reversed."""
+        return StoredTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
+
+
+def map_bytes(path: Path) -> np.memmap:
+    """A whole file as a read-only memory map, uint8 [size].
+
+    Raises: UserError if it is missing, empty or a Git LFS pointer.
+    """
+    try:
+        content = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if content[:24].tobytes() == b"version https://git-lfs.":
+        raise UserError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Opens a safetensors file: name -> memory-mapped tensor; bytes are read when touched.
+
+    Raises: UserError for a damaged file, a doubled name or an unknown dtype.
+    """
+    content = map_bytes(path)
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    if len(content) < 8 or length > min(_MAX_HEADER_BYTES, len(content) - 8):
+        raise UserError(f"{path}: is not a safetensors file, or it was cut short")
+    try:
+        header = json.loads(content[8 : 8 + length].tobytes(), object_pairs_hook=_without_doubles)
+        header.pop("__metadata__", None)
+        data = content[8 + length :]
+        return {name: StoredTensor.of(_view(data, **entry)) for name, entry in header.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path}: damaged safetensors header: {error}") from error
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes numpy arrays (C order is made where it is not); metadata defaults to {"format": "pt"}.
+
+    Raises: OSError if the file cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    start, stop = data_offsets
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    kind = np.dtype(_DTYPES[dtype])
+    if not 0 <= start <= stop <= len(data) or stop - start != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"{dtype} {shape} does not fill bytes {start} to {stop} of {len(data)}")
+    return data[start:stop].view(kind).reshape(shape)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = collections.Counter(name for name, _ in pairs)
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled:
+        raise ValueError(f"{doubled[0]!r} is there twice")
+    return dict(pairs)

@@ -1,0 +1,227 @@
+"""Greedy decoding with caches against decoding without any, and against transformers' generate."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprompt import steps, trees
+from jaxprompt.model import PromptedT5
+from jaxprompt.prompts.soft import SoftPrompt
+from jaxprompt.t5 import decode
+from jaxprompt.t5 import model as t5
+from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.layers import init_params
+from jaxprompt.typing import Batch, KeysValues, PromptValues
+
+SIZES = {
+    "vocab_size": 23, "d_model": 12, "d_kv": 5, "d_ff": 19, "num_layers": 2,
+    "num_decoder_layers": 2, "num_heads": 3, "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}  # fmt: skip
+FAMILIES = {
+    "t5-1.0": {
+        "activation": "relu", "gated": False, "tie_word_embeddings": True,
+        "scale_decoder_outputs": True,
+    },
+    "t5-1.1": {},
+    "ul2": {"activation": "silu"},
+    "umt5": {"model_type": "umt5", "per_layer_relative_bias": True},
+}  # fmt: skip
+NEW = 9
+NOTHING = PromptValues()
+ONE_BY_ONE = Compute(scan_unroll=1)  # compiles faster
+
+
+def make_config(family: str) -> T5Config:
+    return T5Config(**SIZES, **FAMILIES[family])
+
+
+def make_params(config: T5Config) -> dict:
+    """Random weights, scaled so that what is said depends on more than the last token."""
+    return _params(dataclasses.replace(config, eos_id=1))
+
+
+@functools.cache
+def _params(config: T5Config) -> dict:
+    params = init_params(config, jax.random.key(3))
+    return trees.map_with_path(
+        lambda path, leaf: leaf * (0.2 if "embedding" in path else 3.0), params
+    )
+
+
+def make_batch(rows: int = 5, slots: int = 0, decoder_slots: int = 0, prompts: int = 1) -> Batch:
+    """Rows of 4 to 8 random tokens behind their slots; the last row is empty."""
+    rng = np.random.default_rng(0)
+    length = 8 + slots
+    lengths = rng.integers(4, 9, rows) + slots
+    lengths[-1] = 0
+    filled = np.arange(length) < lengths[:, None]
+    is_slot = filled & (np.arange(length) < slots)
+    ids = np.where(filled & ~is_slot, rng.integers(3, 23, (rows, length)), 0)
+    beginning = np.zeros((rows, 1 + decoder_slots), np.int32)
+    return Batch(
+        encoder_ids_BS=ids.astype(np.int32),
+        encoder_slots_BS=np.where(is_slot, np.arange(length), -1).astype(np.int32),
+        encoder_segments_BS=filled.astype(np.int32),
+        decoder_ids_BT=beginning,
+        decoder_slots_BT=np.arange(-1, decoder_slots, dtype=np.int32) * np.ones_like(beginning),
+        decoder_segments_BT=beginning + 1,
+        targets_BT=beginning,
+        loss_weights_BT=beginning.astype(np.float32),
+        prompt_index_BG=rng.integers(0, prompts, (rows, 1)).astype(np.int32),
+        example_index_BG=np.where(np.arange(rows) < rows - 1, np.arange(rows), -1)[:, None].astype(
+            np.int32
+        ),
+    )
+
+
+def every_value(config: T5Config, slots: int, decoder_slots: int, prefix: int) -> PromptValues:
+    """Prompt values of every kind for a bank of two prompts."""
+    rng = np.random.default_rng(1)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def pair(layers: int) -> KeysValues:
+        shape = (layers, 2, prefix, config.num_heads, config.d_kv)
+        return KeysValues(draw(*shape), draw(*shape))
+
+    return PromptValues(
+        encoder=draw(2, slots, config.d_model),
+        decoder=draw(2, decoder_slots, config.d_model),
+        encoder_self=pair(config.num_layers),
+        decoder_self=pair(config.num_decoder_layers),
+        decoder_cross=pair(config.num_decoder_layers),
+    )
+
+
+@functools.cache
+def compiled(config: T5Config, count: int) -> tuple[Callable, Callable]:
+    """Greedy decoding, and logits of all positions with teacher forcing, both jitted."""
+
+    def generate(params: dict, batch: Batch, values: PromptValues) -> decode.Generated:
+        encoded = t5.encode_batch(params, config, ONE_BY_ONE, batch, values)
+        return decode.greedy(
+            params, config, ONE_BY_ONE, batch, values, encoded, max_new_tokens=count
+        )
+
+    def logits(params: dict, batch: Batch, values: PromptValues) -> jax.Array:
+        encoded = t5.encode_batch(params, config, ONE_BY_ONE, batch, values)
+        hidden = t5.decode_batch(params, config, ONE_BY_ONE, batch, values, encoded)
+        return t5.logits(params, config, hidden)
+
+    return jax.jit(generate), jax.jit(logits)
+
+
+def greedy(
+    config: T5Config, batch: Batch, values: PromptValues = NOTHING, count: int = NEW
+) -> decode.Generated:
+    return jax.device_get(compiled(config, count)[0](make_params(config), batch, values))
+
+
+def without_cache(
+    config: T5Config, batch: Batch, values: PromptValues = NOTHING, count: int = NEW
+) -> tuple[np.ndarray, np.ndarray]:
+    """Teacher-forced argmax over the growing output: ids [B, count], summed log-likelihood [B]."""
+    program = compiled(dataclasses.replace(config, eos_id=-1), 1)[1]
+    ended = batch.example_index_BG[:, 0] < 0
+    rows, start = batch.decoder_ids_BT.shape
+    longer = dataclasses.replace(
+        batch,
+        decoder_ids_BT=np.pad(batch.decoder_ids_BT, ((0, 0), (0, count))),
+        decoder_slots_BT=np.pad(batch.decoder_slots_BT, ((0, 0), (0, count)), constant_values=-1),
+        decoder_segments_BT=np.ones((rows, start + count), np.int32),
+    )
+    total = np.zeros(rows)
+    for at in range(start, start + count):
+        logits = np.asarray(program(make_params(config), longer, values))[:, at - 1]
+        token = np.where(ended, config.pad_id, logits.argmax(-1))
+        total += np.where(ended, 0.0, logits.max(-1) - np.log(np.exp(logits).sum(-1)))
+        ended = ended | (token == config.eos_id)
+        longer.decoder_ids_BT[:, at] = token
+    return longer.decoder_ids_BT[:, start:], total
+
+
+def ending(config: T5Config, batch: Batch, values: PromptValues = NOTHING) -> T5Config:
+    """The config with the end token replaced by one that some row says in the middle."""
+    ids, _ = without_cache(dataclasses.replace(config, eos_id=-1), batch, values)
+    return dataclasses.replace(config, eos_id=int(ids[0, NEW // 2]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_decoding_without_cache(family: str):
+    batch = make_batch()
+    config = ending(make_config(family), batch)
+    ids, total = without_cache(config, batch)
+    found = greedy(config, batch)
+    np.testing.assert_array_equal(found.ids_BT, ids)
+    np.testing.assert_allclose(found.log_likelihood_B, total, atol=1e-4)
+    np.testing.assert_array_equal(
+        found.ended_B, (ids == config.eos_id).any(1) | (batch.example_index_BG[:, 0] < 0)
+    )
+    assert len(np.unique(ids[:-1], axis=0)) > 1, "a model that says one thing shows nothing"
+
+
+@pytest.mark.parametrize("family", ["t5-1.1", "umt5"])
+def test_decoder_slots_and_prefixes(family: str):
+    batch = make_batch(slots=3, decoder_slots=2, prompts=2)
+    values = every_value(make_config(family), slots=3, decoder_slots=2, prefix=4)
+    config = ending(make_config(family), batch, values)
+    ids, total = without_cache(config, batch, values)
+    found = greedy(config, batch, values)
+    np.testing.assert_array_equal(found.ids_BT, ids)
+    np.testing.assert_allclose(found.log_likelihood_B, total, atol=1e-4)
+
+
+def test_an_answer_does_not_depend_on_the_rest_of_its_batch():
+    batch = make_batch()
+    config = ending(make_config("t5-1.1"), batch)
+    together = greedy(config, batch)
+    for row in range(4):
+        alone = greedy(config, jax.tree.map(lambda x: x[row : row + 1], batch))  # noqa: B023
+        np.testing.assert_array_equal(alone.ids_BT[0], together.ids_BT[row])
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], 3, 0)]), batch)
+    np.testing.assert_array_equal(greedy(config, padded).ids_BT[:5], together.ids_BT)
+
+
+def test_stops_when_all_rows_have_ended():
+    """Every row ends at once, so that a loop which went on would overwrite or never return pads."""
+    batch = make_batch()
+    config = make_config("t5-1.1")
+    first = greedy(dataclasses.replace(config, eos_id=-1), batch, count=1).ids_BT[0, 0]
+    row = jax.tree.map(lambda x: x[:1], batch)
+    config = dataclasses.replace(config, eos_id=int(first))
+    found = greedy(config, row, count=1000)
+    np.testing.assert_array_equal(found.ids_BT[0], [first] + [0] * 999)
+    assert found.ended_B.all()
+
+
+def test_one_token_and_none():
+    batch = make_batch()
+    config = dataclasses.replace(make_config("t5-1.1"), eos_id=-1)
+    assert greedy(config, batch, count=1).ids_BT.shape == (5, 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        greedy(config, batch, count=0)
+
+
+def test_packed_rows_are_refused():
+    batch = make_batch()
+    packed = dataclasses.replace(batch, prompt_index_BG=np.zeros((5, 2), np.int32))
+    with pytest.raises(ValueError, match="1 example a row, got room for 2"):
+        greedy(make_config("t5-1.1"), packed)
+
+
+def test_prompted_model_generates_with_its_prompt():
+    config = make_config("t5-1.1")
+    batch = make_batch(slots=3)
+    prompt = jax.random.normal(jax.random.key(1), (3, config.d_model))
+    model = PromptedT5(t5.T5(config, make_params(config)), SoftPrompt(prompt))
+    graphdef, trained, frozen = trees.split(model)
+    program = jax.jit(functools.partial(steps.generate, graphdef, max_new_tokens=NEW))
+    ids, _ = without_cache(config, batch, PromptValues(encoder=prompt[None]))
+    np.testing.assert_array_equal(program(trained, frozen, batch).ids_BT, ids)
