@@ -30,10 +30,13 @@ format: $(STAMP)  ## put formatting and imports right
 	@$(BIN)/ruff check --select I --fix .
 	@$(BIN)/ruff format .
 
-mini: $(STAMP)  ## pretrain jaxprompt-mini anew: prepare data, train, evaluate (DATA=directory of raw text)
+mini: $(STAMP)  ## make jaxprompt-mini anew: data, weights, scores, package (DATA=directory of raw data)
 	@test -n "$(DATA)" || { echo "make mini needs DATA=<directory of the raw data>" >&2; exit 2; }
 	@$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data
 	@$(BIN)/jaxprompt pretrain pretrain/mini
+	@$(BIN)/python tools/mini/evaluate.py --backbone runs/mini/backbone --data "$(DATA)"
+	@$(BIN)/python tools/mini/package.py --run runs/mini --data-card mini_data/data_card.json \
+	    --report runs/mini-evaluation/report.json
 
 clean:  ## remove .venv
 	@rm -rf $(VENV)
@@ -51,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	if ! $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 	    -c constraints.txt -e '.[plots,dev]' 2>&1 | tee $$log | awk ' \
 	      /^Collecting |^Requirement already/ { if (++n % 10 == 0) { printf "."; fflush() } } \
-	      /^Installing collected/ { printf " %d packages found, installing", n; fflush() } \
+	      /^Installing collected/ { printf " installing"; fflush() } \
 	      END { print "" }'; then \
 	  grep -E '^(ERROR|error)' $$log || tail -n 20 $$log; \
 	  echo "The installation failed; all of it is in $$log" >&2; exit 1; \

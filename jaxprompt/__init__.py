@@ -9,20 +9,20 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxprompt.api import generate, load_prompt, logits, score
     from jaxprompt.backbone import load_backbone
     from jaxprompt.config import load_config
-    from jaxprompt.predict import generate, load_prompt, logits, score
     from jaxprompt.train import train
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "generate": "jaxprompt.predict",
+    "generate": "jaxprompt.api",
     "load_backbone": "jaxprompt.backbone",
     "load_config": "jaxprompt.config",
-    "load_prompt": "jaxprompt.predict",
-    "logits": "jaxprompt.predict",
-    "score": "jaxprompt.predict",
+    "load_prompt": "jaxprompt.api",
+    "logits": "jaxprompt.api",
+    "score": "jaxprompt.api",
     "train": "jaxprompt.train",
 }
 

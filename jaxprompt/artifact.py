@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from jaxprompt import files
+from jaxprompt.tensorfile import parse_safetensors, safetensors_bytes
 from jaxprompt.typing import UserError
 
 FORMAT_VERSION = 1
@@ -88,7 +88,7 @@ def save_artifact(directory: files.PathLike, artifact: PromptArtifact) -> Path:
     values = {name: np.array(value, order="C") for name, value in sorted(artifact.values.items())}
     for name, value in values.items():
         _check_value(f"value {name!r} of the prompt", value)
-    weights = safetensors.numpy.save(values, metadata={"format": "np"})
+    weights = safetensors_bytes(values)
     config = {
         "format_version": FORMAT_VERSION,
         "method": dict(artifact.method),
@@ -188,10 +188,8 @@ def _load_directory(directory: Path, shown: str) -> PromptArtifact:
             f"{weights_path} is damaged or of another prompt: its {len(weights)} bytes do not have "
             f"the sha256 that {CONFIG_NAME} names"
         )
-    try:
-        values = safetensors.numpy.load(weights)
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise UserError(f"{weights_path} is damaged: {error}") from error
+    stored = parse_safetensors(np.frombuffer(weights, np.uint8), f"{weights_path} is damaged")
+    values = {name: np.array(tensor.read()) for name, tensor in stored.items()}
     found = {
         name: {"dtype": value.dtype.name, "shape": list(value.shape)}
         for name, value in values.items()

@@ -81,12 +81,12 @@ def load_backbone(
     tokenizer = load_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.size} tokens, the backbone's embedding table "
-            f"{config.vocab_size} rows; they do not belong together"
+            f"{directory}: the tokenizer has {tokenizer.size} tokens, the backbone's embedding "
+            f"table {config.vocab_size} rows; they do not belong together"
         )
     shardings = None if mesh is None else tree_shardings(mesh, param_specs(config))
     params = load_params(directory, config, dtype=param_dtype or compute.dtype, shardings=shardings)
-    return Backbone(name, directory, fingerprint(directory), config, compute, params, tokenizer)
+    return Backbone(name, directory, fingerprint(directory, config), config, compute, params, tokenizer)
 
 
 def identity_of(backbone: Backbone) -> BackboneIdentity:

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +17,7 @@ import jaxprompt
 
 _CONFIG_HELP = "a YAML file, or the name of a config that ships with jaxprompt"
 _PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
+_BARE_HELP = "`none` is the bare backbone that --backbone names"
 _INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
 _BROKEN_PIPE = 141
 
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code = importlib.import_module(args.room).main(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = importlib.import_module(args.room).main(args)
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
@@ -127,16 +131,33 @@ def _backbone_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the backbone's weights and activations (float32)",
     )
     parser.add_argument(
-        "--allow-mismatch",
+        "--allow-other-backbone",
         action="store_true",
         help="use the prompt with another backbone than it was trained with, where shapes allow",
     )
     _json_argument(parser)
 
 
-def _batch_arguments(parser: argparse.ArgumentParser) -> None:
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="rows at a time (64)"
+    )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="generate the answer even if the task has candidates to choose from",
+    )
+    parser.add_argument(
+        "--max-input-length",
+        type=_positive,
+        metavar="N",
+        help="tokens of an input, slots included (what the prompt was trained with, else 512)",
+    )
+    parser.add_argument(
+        "--max-target-length",
+        type=_positive,
+        metavar="N",
+        help="tokens of a generated answer (what the prompt was trained with, else 128)",
     )
 
 
@@ -145,15 +166,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts",
         metavar="PROMPT",
         nargs="+",
-        help=f"{_PROMPT_HELP}; several prompts are an ensemble by majority vote",
+        help=f"{_PROMPT_HELP}; several are an ensemble by majority vote; {_BARE_HELP}",
     )
-    data = parser.add_mutually_exclusive_group()
-    data.add_argument("--task", metavar="T", help="a name that `jaxprompt tasks` lists")
-    data.add_argument(
-        "--data",
-        metavar="FILE",
-        help="JSONL, CSV or TSV file with the fields of the prompt's own task",
+    _task_argument(parser)
+    parser.add_argument(
+        "--data", metavar="FILE", help="JSONL, CSV or TSV file to take instead of the task's own"
     )
+    parser.add_argument("--data-dir", metavar="DIR", help="where the task's own files are")
     parser.add_argument(
         "--split",
         choices=("train", "validation", "test"),
@@ -161,11 +180,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the task's data (validation)",
     )
     _backbone_arguments(parser)
-    _batch_arguments(parser)
+    _answer_arguments(parser)
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     _prompt_arguments(parser)
+    _task_argument(parser)
     parser.add_argument(
         "--input",
         required=True,
@@ -178,13 +198,21 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what to write; - = standard output (the default)",
     )
-    _batch_arguments(parser)
+    _answer_arguments(parser)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _prompt_arguments(parser)
     parser.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="nearest tokens shown per slot (5)"
+    )
+
+
+def _task_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task",
+        metavar="T",
+        help="a name that `jaxprompt tasks` lists, or a task's YAML file (the prompt's own task)",
     )
 
 
@@ -235,7 +263,7 @@ _COMMANDS = {
         "jaxprompt predict runs/quickstart/prompt --input questions.jsonl --output answers.jsonl",
     ),
     "inspect": _Command(
-        "inspect",
+        "inspection",
         _inspect_arguments,
         "show a prompt: method, size, backbone, nearest vocabulary tokens of each slot",
         "jaxprompt inspect runs/quickstart/prompt",
@@ -287,6 +315,11 @@ def _end_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(message: Warning | str, *place: object) -> None:
+    """A warning as one line, without the place in our code that `warnings` would show."""
+    _say(f"warning: {' '.join(str(message).split())}")
 
 
 def _say(text: str) -> None:

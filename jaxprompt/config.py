@@ -213,7 +213,7 @@ def _find(path_or_name: str | Path) -> Path:
 def _with_preset(
     mapping: Mapping[str, Any], where: schema.Where
 ) -> tuple[dict[str, Any], schema.Where]:
-    """Puts a listed task's keys under those that the config gives itself."""
+    """Puts a listed task's keys, its source's too, under those that the config gives itself."""
     given = schema.plain(mapping.get("task"))
     own = dict(given) if isinstance(given, Mapping) else {}
     name = schema.plain(own.pop("preset", None)) if own else given
@@ -224,6 +224,9 @@ def _with_preset(
     except UserError as error:
         raise UserError(f"{where.at(('task',))}: {error}") from error
     places = {("task", *path): place for path, place in preset_where.places.items()}
+    source = own.get("source")
+    if isinstance(source, Mapping):
+        own["source"] = {**preset.get("source", {}), **source}
     return {**mapping, "task": {**preset, **own}}, schema.Where(
         where.source, {**places, **where.places}
     )

@@ -1,4 +1,4 @@
-"""The loop around a compiled step that `train` and `pretrain` share: metrics, evaluation, saving, stopping.
+"""The loop around a compiled step that `train` and `pretrain` share: metrics, saving, stopping.
 
 What a step computes, what is evaluated and what is kept are the callers' business.
 """
@@ -53,6 +53,13 @@ class LoopConfig:
         if self.steps and self.epochs:
             raise UserError("train.steps and train.epochs are both set; set one of them to 0")
 
+    def check_batch_size(self, key: str, batch_size: int) -> None:
+        """Raises: UserError if rows of a batch do not divide into `accumulate` parts."""
+        if batch_size % self.accumulate:
+            raise UserError(
+                f"{key} {batch_size} does not divide into train.accumulate {self.accumulate} parts"
+            )
+
 
 class Batches(Protocol):
     """What the loop needs of a data pipeline."""
@@ -71,8 +78,9 @@ class Progress:
     Attributes:
       best_score, best_step, best_metrics: of the best evaluation so far.
       waited: evaluations since then.
-      finished: the run has ended by itself (steps done or stopped early).
-      stopped_early: because evaluations no longer got better.
+      evaluated: step of the last evaluation.
+      finished: the run has ended by itself: its steps are done, or it stopped early.
+      baselines: what the caller measured before the first step, by name.
       train_examples, train_seconds: of the logged windows, without compilation and evaluation.
     """
 
@@ -80,8 +88,9 @@ class Progress:
     best_step: int = 0
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     waited: int = 0
+    evaluated: int = 0
     finished: bool = False
-    stopped_early: bool = False
+    baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     train_examples: float = 0.0
     train_seconds: float = 0.0
 
@@ -96,23 +105,32 @@ def restore(
     identity: Mapping[str, Any],
     state: TrainState,
     batches: Batches,
+    config: LoopConfig,
     total_steps: int,
 ) -> tuple[TrainState, Progress, int | None]:
     """Where a run goes on: the newest whole checkpoint, with the data at the same place.
 
     Args:
       state: a fresh state, which also says structure and shardings.
+      config, total_steps: of this start; a finished run that was given more steps goes on.
     Returns: (state, progress, step resumed from or None for a new run).
-    Raises: UserError if the directory holds another run, or no checkpoint of it is whole.
+    Raises: UserError if the directory holds another run or one that is further than `total_steps`,
+      or if no checkpoint in it is whole.
     """
     found = checkpoints.restore_latest(_saved(state), identity)
     if found is None:
         return state, Progress(), None
     number, saved, metadata = found
+    if number > total_steps:
+        raise UserError(
+            f"run directory {checkpoints.directory.parent} is at step {number} already, this run "
+            f"has {total_steps}: raise train.steps or choose another output_dir"
+        )
     batches.set_state(metadata["data"])
-    progress = Progress(**metadata["progress"])
-    if number < total_steps and not progress.stopped_early:
-        progress.finished = False  # the run was finished, and has been given more steps since
+    known = {field.name for field in dataclasses.fields(Progress)}
+    progress = Progress(**{k: v for k, v in metadata["progress"].items() if k in known})
+    ends_here = number == total_steps or _is_stuck(config, progress)
+    progress.finished = progress.finished and ends_here
     saved = jax.device_put(saved)
     rng = jax.random.wrap_key_data(saved.pop("rng"))
     return TrainState(**saved, rng=rng), progress, number
@@ -130,6 +148,7 @@ class Loop:
       config, total_steps: when to do what, and when to end.
       checkpoints, identity: where the run's state is kept, and what run it is.
       logger: where its metrics go.
+      learning_rate: finished steps -> the rate of the next one, to be logged.
       evaluate: (step, trained) -> metrics with the key `score` (higher is better); None = never.
       on_best: (step, trained, metrics), called when an evaluation is the best so far.
     """
@@ -143,6 +162,7 @@ class Loop:
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     logger: RunLogger
+    learning_rate: Callable[[int], float]
     evaluate: Callable[[int, ArrayTree], dict[str, float]] | None = None
     on_best: Callable[[int, ArrayTree, dict[str, float]], None] | None = None
 
@@ -161,48 +181,59 @@ class Loop:
     def _steps(
         self, state: TrainState, start: int, progress: Progress, terminated: list[bool]
     ) -> TrainState:
-        config = self.config
         late = _LateMetrics(self, progress)
-        saved = start if start else -1
-        for number in range(start + 1, self.total_steps + 1):
+        number, ended = start, False
+        if self._awaits_evaluation(start, progress):  # a SIGTERM came in between
+            ended = self._after(start, state, progress, late, terminated)
+        while not ended:
+            number += 1
             batch = self.put(next(self.batches))
             state, metrics = self.step(state, self.frozen, batch)
             late.add(number, metrics)
-            last = number == self.total_steps or terminated[0]
-            if last or (config.eval_every and number % config.eval_every == 0):
-                late.drain()
-            if (
-                self.evaluate is not None
-                and not terminated[0]
-                and (
-                    number == self.total_steps
-                    or (config.eval_every and number % config.eval_every == 0)
-                )
-            ):
-                self._evaluate(number, state, progress)
-                late.restart_clock()
-            early = bool(config.early_stopping) and progress.waited >= config.early_stopping
-            progress.stopped_early = early
-            progress.finished = number == self.total_steps or early
-            if last or early or (config.save_every and number % config.save_every == 0):
-                late.drain()
-                self._save(number, state, progress)
-                saved = number
-            if early:
-                self.logger.note(
-                    f"stopped early at step {number}: {progress.waited} evaluations without a better "
-                    f"score than {progress.best_score:.2f} of step {progress.best_step}"
-                )
-                break
-            if terminated[0]:
-                self.logger.note(
-                    f"SIGTERM: stopped and saved at step {number}; the same command goes on"
-                )
-                break
-        late.drain()
-        if saved >= 0:
-            self.checkpoints.wait()
+            ended = self._after(number, state, progress, late, terminated)
+        self.checkpoints.wait()
         return state
+
+    def _after(
+        self,
+        number: int,
+        state: TrainState,
+        progress: Progress,
+        late: "_LateMetrics",
+        terminated: list[bool],
+    ) -> bool:
+        """Evaluates and saves if that is due after a step; whether the loop ends with it."""
+        if self._awaits_evaluation(number, progress) and not terminated[0]:
+            late.drain()
+            self._evaluate(number, state, progress)
+            late.restart_clock()
+        terminates = terminated[0]  # read once: a SIGTERM from here on ends the next step
+        early = _is_stuck(self.config, progress)
+        progress.finished = (early or number == self.total_steps) and (
+            not self._awaits_evaluation(number, progress)
+        )
+        if terminates or progress.finished or self._is_due(self.config.save_every, number):
+            late.drain()
+            self._save(number, state, progress)
+        if progress.finished:
+            if early and number < self.total_steps:
+                self.logger.note(
+                    f"stopped early at step {number}: {progress.waited} evaluations without a "
+                    f"better score than {progress.best_score:.2f} of step {progress.best_step}"
+                )
+        elif terminates:
+            self.logger.note(
+                f"SIGTERM: stopped and saved at step {number}; the same command goes on"
+            )
+        return terminates or progress.finished
+
+    def _is_due(self, every: int, number: int) -> bool:
+        return number == self.total_steps or (every > 0 and number % every == 0)
+
+    def _awaits_evaluation(self, number: int, progress: Progress) -> bool:
+        """Whether a step is one to evaluate after, and that was not done yet."""
+        due = number > 0 and self._is_due(self.config.eval_every, number)
+        return self.evaluate is not None and due and progress.evaluated < number
 
     def _evaluate(self, number: int, state: TrainState, progress: Progress) -> None:
         assert self.evaluate is not None
@@ -210,6 +241,7 @@ class Loop:
             metrics = self.evaluate(number, state.trained)
             score = metrics.pop("score")
             self.logger.log(number, {f"eval/{name}": value for name, value in metrics.items()})
+            progress.evaluated = number
             if progress.best_score is None or score > progress.best_score:
                 progress.best_score, progress.best_step, progress.waited = score, number, 0
                 progress.best_metrics = metrics
@@ -263,6 +295,8 @@ class _LateMetrics:
             if not math.isfinite(values[name])
         ]
         if broken:
+            with contextlib.suppress(UserError):
+                self._loop.checkpoints.wait()
             steps = self._loop.checkpoints.steps()
             kept = (
                 f"the last good checkpoint is step {steps[-1]}"
@@ -270,14 +304,15 @@ class _LateMetrics:
                 else "no checkpoint was saved yet"
             )
             raise UserError(
-                f"{broken[0]} is not finite at step {number} (found by step {newest}); {kept}: lower "
-                "optim.learning_rate or use another seed"
+                f"{broken[0]} is not finite at step {number} (found by step {newest}); {kept}: "
+                "lower optim.learning_rate or use another seed"
             )
         self._examples += values["examples"]
         seconds = time.perf_counter() - self._clock
         values["examples_per_second"] = self._examples / seconds if seconds else 0.0
         self._loop.logger.progress(number)
         if number % self._loop.config.log_every == 0 or number == self._loop.total_steps:
+            values["learning_rate"] = self._loop.learning_rate(number - 1)
             self._loop.logger.log(number, values)
             if self._is_steady():
                 self._progress.train_examples += self._examples
@@ -288,6 +323,11 @@ class _LateMetrics:
         """Whether nothing was compiled since the last window."""
         before, self._shapes = self._shapes, len(self._loop.batches.shape_counts)
         return before == self._shapes
+
+
+def _is_stuck(config: LoopConfig, progress: Progress) -> bool:
+    """Whether evaluations have not got better for long enough to stop early."""
+    return 0 < config.early_stopping <= progress.waited
 
 
 @contextlib.contextmanager

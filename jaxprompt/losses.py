@@ -26,7 +26,8 @@ def cross_entropy(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0) -> 
 def segment_sums(values_BT: Array, segments_BT: Array, num_segments: int) -> Array:
     """Sums values over each segment of a row: float32 [B, T] -> [B, G]; padding is left out."""
     one_hot_BTG = jax.nn.one_hot(segments_BT - 1, num_segments, dtype=values_BT.dtype)
-    return jnp.einsum("bt,btg->bg", values_BT, one_hot_BTG)
+    # a TPU's default precision would round the values to bfloat16
+    return jnp.einsum("bt,btg->bg", values_BT, one_hot_BTG, precision=jax.lax.Precision.HIGHEST)
 
 
 def token_weights(

@@ -1,4 +1,4 @@
-"""PromptedT5 = frozen T5 + prompt method: batches in, logits out. Made once, split once, then functional."""
+"""PromptedT5 = frozen T5 + prompt method: batches in, logits out; made and split once, at the edge."""
 
 from flax import nnx
 

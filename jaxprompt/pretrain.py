@@ -1,12 +1,13 @@
-"""`jaxprompt pretrain`: trains all parameters of a T5 on a mixture of objectives; the same step as `train`.
+"""`jaxprompt pretrain`: trains all parameters of a T5 on a mixture, by the same step as `train`.
 
-Span corruption makes a backbone, prefix language modelling adapts one (Lester et al. 2021, section 3.1),
-supervised entries make it steerable. The result is an ordinary Hugging Face directory.
+Span corruption makes a backbone, prefix language modelling adapts one (Lester et al. 2021, section
+3.1), supervised entries make it steerable. The result is an ordinary Hugging Face directory.
 """
 
 import argparse
 import dataclasses
 import functools
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxprompt.files import make_directory, write_file
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
 from jaxprompt.model import PromptedT5
-from jaxprompt.optim import make_optimizer, resolve
+from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
 from jaxprompt.plots import write_run_plot
 from jaxprompt.sharding import make_mesh, replicate, shard_batch
 from jaxprompt.steps import StepOptions, eval_step, init_state, train_step
@@ -31,7 +32,7 @@ from jaxprompt.t5.layers import init_params
 from jaxprompt.t5.model import T5
 from jaxprompt.t5.weights import save_hf
 from jaxprompt.trees import count, merge, split
-from jaxprompt.typing import ArrayTree, UserError
+from jaxprompt.typing import ArrayTree, Batch, UserError
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,12 +48,15 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     directory, exported = Path(config.output_dir), Path(config.output_dir) / "backbone"
 
-    # ---- backbone ----------------------------------------------------------------------------------
+    # ---- backbone ----------------------------------------------------------------------------
     t5_config, params, tokenizer, tokenizer_dir = _start(config)
     model = PromptedT5(T5(t5_config, params, config.backbone.compute()))
     graphdef, trained, frozen = split(model, ...)
 
-    # ---- optimizer and step -----------------------------------------------------------------------
+    # ---- optimizer and step ------------------------------------------------------------------
+    if config.train.epochs:
+        raise UserError("train.epochs has no meaning for a mixture; set train.steps instead")
+    config.train.check_batch_size("mixture.batch_size", config.mixture.batch_size)
     recipe = resolve(config.optim)
     total_steps = config.train.steps or recipe.steps
     optimizer = make_optimizer(config.optim, total_steps)
@@ -67,8 +71,12 @@ def pretrain(config: PretrainConfig) -> Path:
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     state = replicate(mesh, init_state(trained, optimizer, config.seed))
 
-    # ---- evaluation and export --------------------------------------------------------------------
+    # ---- evaluation and export ---------------------------------------------------------------
     score = jax.jit(functools.partial(eval_step, graphdef, options))
+    validation = {
+        name: _fixed_batches(config, entry, tokenizer, t5_config)
+        for name, entry in _named(config.validation).items()
+    }
 
     def export(trained: ArrayTree) -> None:
         tree = merge(graphdef, trained, frozen).backbone.tree()
@@ -76,25 +84,20 @@ def pretrain(config: PretrainConfig) -> Path:
 
     def evaluate(number: int, trained: ArrayTree) -> dict[str, float]:
         metrics = {}
-        for entry in config.validation:
-            fixed = _batches(_alone(entry, config.mixture), tokenizer, t5_config, seed=0)
+        for name, fixed in validation.items():
             sums = [
-                jax.device_get(score(trained, frozen, shard_batch(mesh, next(fixed))))
-                for _ in range(config.eval_batches)
+                jax.device_get(score(trained, frozen, shard_batch(mesh, batch))) for batch in fixed
             ]
-            fixed.close()
-            total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
-            metrics[f"{entry.objective}/loss"] = total["loss"] / max(total["units"], 1)
-            metrics[f"{entry.objective}/accuracy"] = 100 * total["right"] / max(total["tokens"], 1)
-            metrics[f"{entry.objective}/exact_match"] = (
-                100 * total["exact"] / max(total["examples"], 1)
-            )
+            total = {key: float(sum(part[key] for part in sums)) for key in sums[0]}
+            metrics[f"{name}/loss"] = total["loss"] / max(total["units"], 1)
+            metrics[f"{name}/accuracy"] = 100 * total["right"] / max(total["tokens"], 1)
+            metrics[f"{name}/exact_match"] = 100 * total["exact"] / max(total["examples"], 1)
         losses = [value for name, value in metrics.items() if name.endswith("/loss")]
         metrics["score"] = -sum(losses) / len(losses) if losses else float(number)
         export(trained)
         return metrics
 
-    # ---- run --------------------------------------------------------------------------------------
+    # ---- run ---------------------------------------------------------------------------------
     batches = _batches(config.mixture, tokenizer, t5_config, config.seed)
     identity = {
         "model": dataclasses.asdict(t5_config),
@@ -103,11 +106,14 @@ def pretrain(config: PretrainConfig) -> Path:
     }
     folder = directory / "checkpoints"
     with closing(batches), Checkpoints(folder, config.train.keep) as checkpoints:
-        state, progress, resumed = restore(checkpoints, identity, state, batches, total_steps)
+        state, progress, resumed = restore(
+            checkpoints, identity, state, batches, config.train, total_steps
+        )
         write_file(make_directory(directory) / "config.yaml", dump(config))
         with RunLogger(
-            directory, total_steps=total_steps, resumed_step=resumed, active=jax.process_index() == 0,
-            config=dataclasses.asdict(config), **dataclasses.asdict(config.logging),
+            directory, total_steps=total_steps, resumed_step=resumed,
+            config=dataclasses.asdict(config), active=jax.process_index() == 0,
+            **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
             logger.note(
                 f"{count(trained):,} parameters, {total_steps:,} steps, output in {directory}"
@@ -116,6 +122,7 @@ def pretrain(config: PretrainConfig) -> Path:
                 step=step, frozen=frozen, batches=batches, put=functools.partial(shard_batch, mesh),
                 config=config.train, total_steps=total_steps, checkpoints=checkpoints,
                 identity=identity, logger=logger, evaluate=evaluate,
+                learning_rate=functools.partial(learning_rate_at, config.optim, total_steps),
             )  # fmt: skip
             state = loop.run(state, progress)
             for number, report in enumerate(batches.report()):
@@ -143,6 +150,23 @@ def _start(config: PretrainConfig) -> tuple[T5Config, Any, Tokenizer, Path]:
         )
     params = init_params(config.model, jax.random.key(config.seed))
     return config.model, params, tokenizer, directory
+
+
+def _named(entries: Sequence[MixtureEntry]) -> dict[str, MixtureEntry]:
+    """Entries by objective; the second of one objective is `objective_2`, and so on."""
+    named: dict[str, MixtureEntry] = {}
+    for entry in entries:
+        number = 1 + sum(other.objective == entry.objective for other in named.values())
+        named[entry.objective + (f"_{number}" if number > 1 else "")] = entry
+    return named
+
+
+def _fixed_batches(
+    config: PretrainConfig, entry: MixtureEntry, tokenizer: Tokenizer, t5_config: T5Config
+) -> list[Batch]:
+    """The first `eval_batches` batches of an entry, on the host: the same in every evaluation."""
+    with closing(_batches(_alone(entry, config.mixture), tokenizer, t5_config, 0)) as batches:
+        return [next(batches) for _ in range(config.eval_batches)]
 
 
 def _alone(entry: MixtureEntry, mixture: MixtureConfig) -> MixtureConfig:

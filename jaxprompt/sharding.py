@@ -36,7 +36,7 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     Raises: UserError if the devices there are do not fill the mesh.
     """
     pool = list(jax.devices() if devices is None else devices)
-    if data == -1:
+    if data == -1 and model >= 1:
         data = len(pool) // model
     if data < 1 or model < 1 or data * model > len(pool):
         raise UserError(
@@ -86,16 +86,15 @@ def tree_shardings(mesh: Mesh, specs: ArrayTree) -> ArrayTree:
     )
 
 
-def shard_batch(mesh: Mesh, batch: ArrayTree) -> ArrayTree:
-    """Puts a host batch on the mesh, rows over `data`; sizes must divide."""
-    rows = mesh.shape["data"]
+def shard_batch(mesh: Mesh, batch: ArrayTree, axis: int = 0) -> ArrayTree:
+    """Puts a host batch on the mesh, its rows (on `axis`) over `data`; sizes must divide."""
+    devices = mesh.shape["data"]
 
     def put(leaf):
-        if leaf.shape[0] % rows:
-            raise UserError(
-                f"batch of {leaf.shape[0]} rows does not divide over {rows} data devices"
-            )
-        spec = PartitionSpec("data", *([None] * (leaf.ndim - 1)))
+        rows = leaf.shape[axis]
+        if rows % devices:
+            raise UserError(f"batch of {rows} rows does not divide over {devices} data devices")
+        spec = PartitionSpec(*([None] * axis), "data")
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(put, batch)

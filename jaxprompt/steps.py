@@ -16,7 +16,6 @@ from jaxprompt.t5.decode import Generated
 from jaxprompt.trees import merge
 from jaxprompt.typing import Array, ArrayTree, Batch, Candidates
 
-
 _CANDIDATES_AT_ONCE = 4  # decoded together: they share cross-attention's keys and values
 
 
@@ -113,8 +112,8 @@ def train_step(
     metrics = {
         "loss": loss_sum / units,
         "accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1.0),
-        "grad_norm": optax.global_norm(grads),
-        "trained_norm": optax.global_norm(trained),
+        "grad_norm": optax.tree.norm(grads),
+        "trained_norm": optax.tree.norm(trained),
         "tokens": sums["tokens"],
         "examples": sums["examples"],
     }
@@ -168,6 +167,11 @@ def eval_step(
         "exact": jnp.sum((right_BG == tokens_BG) & there_BG).astype(jnp.float32),
         "examples": jnp.sum(there_BG).astype(jnp.float32),
     }
+
+
+def logits(graphdef: Any, trained: ArrayTree, frozen: ArrayTree, batch: Batch) -> Array:
+    """Logits of every decoder position, float32 [B, T, V]."""
+    return merge(graphdef, trained, frozen)(batch)
 
 
 def target_log_likelihood(

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from jaxprompt.typing import UserError
 
@@ -76,17 +76,21 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
     Raises: UserError for a damaged file, a doubled name or an unknown dtype.
     """
-    content = map_bytes(path)
+    return parse_safetensors(map_bytes(path), path)
+
+
+def parse_safetensors(content: np.ndarray, where: Path | str) -> dict[str, StoredTensor]:
+    """`read_safetensors` of a file's bytes, uint8 [size]; the tensors are views of them."""
     length = int.from_bytes(content[:8].tobytes(), "little")
     if len(content) < 8 or length > min(_MAX_HEADER_BYTES, len(content) - 8):
-        raise UserError(f"{path}: is not a safetensors file, or it was cut short")
+        raise UserError(f"{where}: is not a safetensors file, or it was cut short")
     try:
         header = json.loads(content[8 : 8 + length].tobytes(), object_pairs_hook=_without_doubles)
         header.pop("__metadata__", None)
         data = content[8 + length :]
         return {name: StoredTensor.of(_view(data, **entry)) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path}: damaged safetensors header: {error}") from error
+        raise UserError(f"{where}: damaged safetensors header: {error}") from error
 
 
 def write_safetensors(
@@ -101,6 +105,11 @@ def write_safetensors(
         save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def safetensors_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """What a safetensors file of some numpy arrays (in C order) holds."""
+    return save(dict(tensors), metadata={"format": "np"})
 
 
 def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`jaxprompt train`: trains a prompt over a frozen backbone (or, with `tune: model`, the backbone itself).
+"""`jaxprompt train`: trains a prompt over a frozen backbone, or with `tune: model` the backbone.
 
 Reads top to bottom: backbone, task, prompt, step, evaluation, run, summary.
 """
@@ -23,13 +23,14 @@ from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.config import RunConfig, dump, load_config
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.pipeline import TaskEncoder, TrainBatches
+from jaxprompt.data.sources import has_split
 from jaxprompt.data.tasks import Task
 from jaxprompt.evaluate import Evaluator
 from jaxprompt.files import make_directory, write_file
-from jaxprompt.logging import METRICS_FILE, RunLogger
+from jaxprompt.logging import METRICS_FILE, RunLogger, table
 from jaxprompt.loop import Loop, restore
 from jaxprompt.model import PromptedT5
-from jaxprompt.optim import make_optimizer, resolve
+from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
 from jaxprompt.plots import write_run_plot
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.init import InitContext, initial_rows
@@ -38,7 +39,7 @@ from jaxprompt.sharding import make_mesh, replicate, shard_batch
 from jaxprompt.steps import StepOptions, init_state, train_step
 from jaxprompt.t5.weights import save_hf
 from jaxprompt.trees import count, merge, size_in_bytes, split
-from jaxprompt.typing import ArrayTree
+from jaxprompt.typing import ArrayTree, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,12 @@ class TrainResult:
 
     Attributes:
       output_dir: the run's directory.
-      prompt: directory of the artifact of the best evaluation (of the backbone, with `tune: model`).
+      prompt: directory of the best evaluation's artifact (a backbone with `tune: model`).
       metrics: of the best evaluation on the validation split.
       bare: the same of the backbone without a prompt.
       majority: the same of always answering with the most frequent target.
       best_step: when the best evaluation was.
+      steps: steps taken so far.
       examples_per_second: of training, evaluation left out.
       prompt_bytes, backbone_bytes: the artifact's files; the backbone's parameters.
       finished: False if a SIGTERM stopped it; the same command goes on.
@@ -63,6 +65,7 @@ class TrainResult:
     bare: Mapping[str, float]
     majority: Mapping[str, float]
     best_step: int
+    steps: int
     examples_per_second: float
     prompt_bytes: int
     backbone_bytes: int
@@ -89,7 +92,7 @@ def train(config: RunConfig) -> TrainResult:
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     tuning_model = config.tune == "model"
 
-    # ---- backbone, task, data ---------------------------------------------------------------------
+    # ---- backbone, task, data ----------------------------------------------------------------
     backbone = load_backbone(
         config.backbone.name,
         revision=config.backbone.revision,
@@ -102,8 +105,9 @@ def train(config: RunConfig) -> TrainResult:
     layout = Layout.parse(config.layout, 0 if tuning_model else config.method.length)
     encoder = _encoder(config, task, layout, backbone)
     total_steps = _total_steps(config, len(source))
+    _check(config, task)
 
-    # ---- what is trained --------------------------------------------------------------------------
+    # ---- what is trained ---------------------------------------------------------------------
     bare_graphdef, _, bare_frozen = split(PromptedT5(backbone.module()))
     if tuning_model:
         graphdef, trained, frozen = split(PromptedT5(backbone.module()), ...)
@@ -112,7 +116,7 @@ def train(config: RunConfig) -> TrainResult:
         method = METHODS[config.method.name].make(values, config.method)
         graphdef, trained, frozen = split(PromptedT5(backbone.module(), method))
 
-    # ---- optimizer and step -----------------------------------------------------------------------
+    # ---- optimizer and step ------------------------------------------------------------------
     recipe = resolve(config.optim)
     optimizer = make_optimizer(config.optim, total_steps)
     dropout, z_loss = config.backbone.dropout, config.train.z_loss
@@ -125,7 +129,7 @@ def train(config: RunConfig) -> TrainResult:
     step = jax.jit(functools.partial(train_step, graphdef, optimizer, options), donate_argnums=0)
     state = replicate(mesh, init_state(trained, optimizer, config.seed))
 
-    # ---- evaluation and what is kept --------------------------------------------------------------
+    # ---- evaluation and what is kept ---------------------------------------------------------
     batches = TrainBatches(
         encoder, source, seed=config.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -133,6 +137,7 @@ def train(config: RunConfig) -> TrainResult:
     evaluator = Evaluator(graphdef, encoder, mesh=mesh, input_buckets=batches.input_buckets)
     validation = task.open("validation")
     score_name = config.train.metric or task.metrics[0]
+    cuts: dict[str, Mapping[str, int]] = {}
 
     def keep(place: Path, number: int, trained: ArrayTree, metrics: Mapping[str, float]) -> None:
         if jax.process_index():
@@ -144,11 +149,16 @@ def train(config: RunConfig) -> TrainResult:
         provenance = {
             "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
             "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
+            "data": {
+                "max_input_length": config.data.max_input_length,
+                "max_target_length": config.data.max_target_length,
+            },
         }  # fmt: skip
         save_artifact(place, artifact_of(config, backbone, trained["method"], provenance))
 
     def evaluate(number: int, trained: ArrayTree) -> dict[str, float]:
-        metrics = evaluator.run(trained, frozen, validation).metrics
+        result = evaluator.run(trained, frozen, validation)
+        metrics, cuts["validation"] = result.metrics, result.cuts.report()
         keep(directory / "prompt", number, trained, metrics)
         score = metrics[score_name] if config.train.metric else _mean(metrics, task.metrics)
         return {**metrics, "score": score}
@@ -156,24 +166,31 @@ def train(config: RunConfig) -> TrainResult:
     def on_best(number: int, trained: ArrayTree, metrics: Mapping[str, float]) -> None:
         keep(directory / "best", number, trained, metrics)
 
-    # ---- run --------------------------------------------------------------------------------------
+    # ---- run ---------------------------------------------------------------------------------
     identity = run_identity(config, backbone)
     with closing(batches), Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints:
-        state, progress, resumed = restore(checkpoints, identity, state, batches, total_steps)
+        state, progress, resumed = restore(
+            checkpoints, identity, state, batches, config.train, total_steps
+        )
         write_file(make_directory(directory) / "config.yaml", dump(config))
         with RunLogger(
             directory, total_steps=total_steps, resumed_step=resumed, score=f"eval/{score_name}",
             config=dataclasses.asdict(config), active=jax.process_index() == 0,
             **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
-            logger.note(_opening(config, backbone, trained, len(source), total_steps, resumed))
-            bare_encoder = _encoder(config, task, Layout.parse(config.layout, 0), backbone)
-            bare = Evaluator(bare_graphdef, bare_encoder, mesh=mesh).run(
-                {}, bare_frozen, validation
-            )
+            if progress.finished:
+                logger.note(f"finished at step {resumed:,} already; raise train.steps to go on")
+            else:
+                logger.note(_opening(config, backbone, trained, len(source), total_steps, resumed))
+            if not progress.baselines:
+                bare_encoder = _encoder(config, task, Layout.parse(config.layout, 0), backbone)
+                bare = Evaluator(bare_graphdef, bare_encoder, mesh=mesh).run(
+                    {}, bare_frozen, validation
+                )
+                progress.baselines = {"bare": bare.metrics, "majority": bare.majority}
             baselines = {
-                "bare backbone": bare.metrics[score_name],
-                "most frequent target": bare.majority[score_name],
+                "bare backbone": progress.baselines["bare"][score_name],
+                "most frequent target": progress.baselines["majority"][score_name],
             }
             shown = ", ".join(f"{name} {value:.1f}" for name, value in baselines.items())
             logger.note(f"validation {score_name}: {shown}")
@@ -181,9 +198,11 @@ def train(config: RunConfig) -> TrainResult:
                 step=step, frozen=frozen, batches=batches, put=functools.partial(shard_batch, mesh),
                 config=config.train, total_steps=total_steps, checkpoints=checkpoints,
                 identity=identity, logger=logger, evaluate=evaluate, on_best=on_best,
+                learning_rate=functools.partial(learning_rate_at, config.optim, total_steps),
             )  # fmt: skip
             state = loop.run(state, progress)
-            for line in _cut_lines(batches.report()):
+            cuts["training"] = batches.report()
+            for line in _cut_lines(cuts):
                 logger.note(line)
             picture = write_run_plot(
                 directory / METRICS_FILE,
@@ -193,14 +212,15 @@ def train(config: RunConfig) -> TrainResult:
             )
             logger.note(picture)
 
-    # ---- summary ----------------------------------------------------------------------------------
+    # ---- summary -----------------------------------------------------------------------------
     return TrainResult(
         output_dir=directory,
         prompt=directory / "best",
         metrics=progress.best_metrics,
-        bare=bare.metrics,
-        majority=bare.majority,
+        bare=progress.baselines["bare"],
+        majority=progress.baselines["majority"],
         best_step=progress.best_step,
+        steps=int(jax.device_get(state.step)),
         examples_per_second=progress.examples_per_second,
         prompt_bytes=_bytes_in(directory / "best"),
         backbone_bytes=size_in_bytes(backbone.params),
@@ -262,6 +282,16 @@ def _total_steps(config: RunConfig, rows: int) -> int:
     return config.train.steps or resolve(config.optim).steps
 
 
+def _check(config: RunConfig, task: Task) -> None:
+    """What only fits together or not once the task is known."""
+    if config.train.metric and config.train.metric not in task.metrics:
+        raise UserError(
+            f"train.metric is {config.train.metric!r}, task {config.task.name} has "
+            f"{', '.join(task.metrics)}"
+        )
+    config.train.check_batch_size("data.batch_size", config.data.batch_size)
+
+
 def _mean(metrics: Mapping[str, float], names: Sequence[str]) -> float:
     return sum(metrics[name] for name in names) / len(names)
 
@@ -284,15 +314,14 @@ def _opening(
     )
 
 
-def _cut_lines(report: Mapping[str, int]) -> list[str]:
-    lines = []
-    for side in ("input", "target"):
-        if report[f"cut_{side}s"]:
-            lines.append(
-                f"{report[f'cut_{side}s']:,} of {report['examples']:,} {side}s were cut to "
-                f"data.max_{side}_length, {report[f'cut_{side}_tokens']:,} tokens in all"
-            )
-    return lines
+def _cut_lines(cuts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"{counts[f'cut_{side}s']:,} of {counts['examples']:,} {split} {side}s were cut to "
+        f"data.max_{side}_length, {counts[f'cut_{side}_tokens']:,} tokens in all"
+        for split, counts in cuts.items()
+        for side in ("input", "target")
+        if counts[f"cut_{side}s"]
+    ]
 
 
 def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> str:
@@ -307,13 +336,13 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
         ["bare backbone", *(result.bare[name] for name in names)],
         [f"{what} (step {result.best_step:,})", *(result.metrics[name] for name in names)],
     ]
-    prompt = shlex.quote(str(result.prompt))
+    prompt, has_test = shlex.quote(str(result.prompt)), has_split(config.task.source, "test")
     lines = [
         "",
         table(rows, header=["validation, %", *names]),
         "",
-        f"{result.examples_per_second:.0f} examples/s in training; {what}: {result.prompt_bytes:,} bytes, "
-        f"backbone: {result.backbone_bytes:,} bytes",
+        f"{result.examples_per_second:.0f} examples/s in training; {what}: "
+        f"{result.prompt_bytes:,} bytes, backbone: {result.backbone_bytes:,} bytes",
         f"picture: {result.output_dir / 'plots' / 'run.png'}",
     ]
     if config.tune == "prompt":
@@ -321,11 +350,20 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
             "",
             "next:",
             f"  echo 'your own text' | jaxprompt predict {prompt} --input -",
-            f"  jaxprompt evaluate {prompt} --split test",
+            *([f"  jaxprompt evaluate {prompt} --split test"] if has_test else []),
             f"  jaxprompt inspect {prompt}",
-            f"  {again} train.steps={2 * max(result.best_step, 1)}    # goes on with the run",
+            f"  {again} {_twice(config, result)}    # goes on with the run",
         ]
     return "\n".join(lines)
+
+
+def _twice(config: RunConfig, result: TrainResult) -> str:
+    """Overrides that make a run twice as long as it was."""
+    if config.train.epochs:
+        longer = f"train.epochs={2 * config.train.epochs:g}"
+    else:
+        longer = f"train.steps={2 * result.steps}"
+    return longer + (" train.early_stopping=0" if config.train.early_stopping else "")
 
 
 def _bytes_in(directory: Path) -> int:

@@ -1,8 +1,8 @@
-"""The words every room shares: shape letters, the batch, prompt values, and the error a user can cause.
+"""The words every room shares: shape letters, the batch, prompt values, and the user's error.
 
 Shape letters, used as suffixes of array names (`ids_BS` is int [batch rows, encoder length]):
-B batch rows, S encoder length, T decoder length, P prompt slots, G segments of a row, Q prompts of a
-bank, N layers, H heads, K head size, D model size, F mlp size, V vocabulary, C candidates.
+B batch rows, S encoder length, T decoder length, P prompt slots, G segments of a row, Q prompts of
+a bank, N layers, H heads, K head size, D model size, F mlp size, V vocabulary, C candidates.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ ArrayTree = Any  # a pytree whose leaves are arrays; in this project nested dict
 
 
 class UserError(Exception):
-    """Something only the user can put right, in one sentence: what, where, and what would be right."""
+    """Something only the user can put right, in one sentence: what, where, what would be right."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class UserError(Exception):
 class Batch:
     """Laid-out rows of text and slots; the only thing the compiled program reads beside parameters.
 
-    A row holds one or more segments (examples). Segment ids are 1..G and contiguous, 0 is padding, so
+    A row holds one or more segments (examples). Segment ids are 1..G, contiguous, 0 is padding, so
     attention is allowed exactly where segment ids agree; T5 has relative positions only, hence an
     array index is all the position there is. Fields are int32 unless noted, numpy on the host.
 

@@ -12,6 +12,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # LLVM's only; halves compile times
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first
 # The same examples on every machine, and no limit that a busy one would break.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")

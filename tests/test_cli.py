@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
             seen.append(args)
             return work()
 
-        for room in ("train", "pretrain", "evaluate", "predict", "inspect", "listing"):
+        for room in ("train", "pretrain", "evaluate", "predict", "inspection", "listing"):
             fake = types.SimpleNamespace(main=main)
             monkeypatch.setitem(sys.modules, f"jaxprompt.{room}", fake)
         return cli.main(list(argv)), seen[0]
@@ -65,8 +65,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
         ("evaluate p --backbone b --dtype bfloat16", "evaluate", {"backbone": "b"}),
         ("predict p --input -", "predict", {"prompt": "p", "input": "-", "output": "-"}),
         ("predict p --input a --output b --json", "predict", {"output": "b", "json": True}),
-        ("predict p --input a --allow-mismatch", "predict", {"allow_mismatch": True}),
-        ("inspect p --top 3", "inspect", {"prompt": "p", "top": 3, "json": False}),
+        ("predict p --input a --allow-other-backbone", "predict", {"allow_other_backbone": True}),
+        ("inspect p --top 3", "inspection", {"prompt": "p", "top": 3, "json": False}),
         ("tasks --json", "listing", {"command": "tasks", "json": True}),
         ("methods", "listing", {"command": "methods"}),
         ("recipes", "listing", {"command": "recipes"}),
@@ -87,7 +87,6 @@ def test_arguments_reach_the_room(run, argv, room, expected):
         ("train", "the following arguments are required: CONFIG"),
         ("train c.yaml --steps 3", "train does not know '--steps'"),
         ("evaluate", "required: PROMPT"),
-        ("evaluate p --task a --data b", "not allowed with argument --task"),
         ("evaluate p --split dev", "invalid choice: 'dev'"),
         ("evaluate p --batch-size 0", "'0' is not a whole number above 0"),
         ("predict p", "required: --input"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxprompt.t5 import decode
 from jaxprompt.t5 import model as t5
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import init_params
+from jaxprompt.t5.weights import save_hf
 from jaxprompt.typing import Batch, KeysValues, PromptValues
 
 SIZES = {
@@ -29,7 +31,6 @@ FAMILIES = {
         "scale_decoder_outputs": True,
     },
     "t5-1.1": {},
-    "ul2": {"activation": "silu"},
     "umt5": {"model_type": "umt5", "per_layer_relative_bias": True},
 }  # fmt: skip
 NEW = 9
@@ -50,7 +51,7 @@ def make_params(config: T5Config) -> dict:
 def _params(config: T5Config) -> dict:
     params = init_params(config, jax.random.key(3))
     return trees.map_with_path(
-        lambda path, leaf: leaf * (0.2 if "embedding" in path else 3.0), params
+        lambda path, leaf: leaf * (0.2 if path == "token_embedder/embedding" else 3.0), params
     )
 
 
@@ -167,11 +168,10 @@ def test_equals_decoding_without_cache(family: str):
     assert len(np.unique(ids[:-1], axis=0)) > 1, "a model that says one thing shows nothing"
 
 
-@pytest.mark.parametrize("family", ["t5-1.1", "umt5"])
-def test_decoder_slots_and_prefixes(family: str):
+def test_decoder_slots_and_prefixes():
     batch = make_batch(slots=3, decoder_slots=2, prompts=2)
-    values = every_value(make_config(family), slots=3, decoder_slots=2, prefix=4)
-    config = ending(make_config(family), batch, values)
+    values = every_value(make_config("umt5"), slots=3, decoder_slots=2, prefix=4)
+    config = ending(make_config("umt5"), batch, values)
     ids, total = without_cache(config, batch, values)
     found = greedy(config, batch, values)
     np.testing.assert_array_equal(found.ids_BT, ids)
@@ -225,3 +225,27 @@ def test_prompted_model_generates_with_its_prompt():
     program = jax.jit(functools.partial(steps.generate, graphdef, max_new_tokens=NEW))
     ids, _ = without_cache(config, batch, PromptValues(encoder=prompt[None]))
     np.testing.assert_array_equal(program(trained, frozen, batch).ids_BT, ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers_generate(family: str, tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    batch = make_batch()
+    config = ending(make_config(family), batch)
+    save_hf(tmp_path, make_params(config), config)
+    name = "UMT5ForConditionalGeneration" if family == "umt5" else "T5ForConditionalGeneration"
+    model = getattr(transformers, name).from_pretrained(tmp_path)
+    for eos_id in (config.eos_id, -1):
+        theirs = model.generate(
+            input_ids=torch.tensor(batch.encoder_ids_BS[:-1]).long(),
+            attention_mask=torch.tensor(batch.encoder_segments_BS[:-1]),
+            max_new_tokens=NEW,
+            eos_token_id=None if eos_id < 0 else eos_id,
+            do_sample=False,
+            num_beams=1,
+        )
+        theirs = theirs.numpy()[:, 1:]  # behind the start token, and no longer than needed
+        ours = greedy(dataclasses.replace(config, eos_id=eos_id), batch).ids_BT[:-1]
+        np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
+        assert not ours[:, theirs.shape[1] :].any()

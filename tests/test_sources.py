@@ -219,31 +219,30 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
     import tensorflow_datasets as tfds
 
     directory = str(tmp_path_factory.mktemp("tfds"))
-    with tfds.core.registered.skip_registering():
 
-        class TinySet(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
+    class TinySet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
 
-            def _info(self):
-                features = {
-                    "text": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(num_classes=2),
-                }
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features)
-                )
+        def _info(self):
+            features = {
+                "text": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(num_classes=2),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
-            def _split_generators(self, dl_manager):
-                return {
-                    "train": self._generate_examples(12),
-                    "validation": self._generate_examples(3),
-                }
+        def _split_generators(self, dl_manager):
+            return {
+                "train": self._generate_examples(12),
+                "validation": self._generate_examples(3),
+            }
 
-            def _generate_examples(self, count):
-                for number in range(count):
-                    yield number, {"text": f"row é {number}", "label": number % 2}
+        def _generate_examples(self, count):
+            for number in range(count):
+                yield number, {"text": f"row é {number}", "label": number % 2}
 
-        TinySet(data_dir=directory, file_format="array_record").download_and_prepare()
+    TinySet(data_dir=directory, file_format="array_record").download_and_prepare()
     return directory
 
 

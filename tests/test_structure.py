@@ -20,13 +20,13 @@ HOUSE = [
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
     ["steps"],
-    ["config", "loop"],
-    ["evaluate", "inspect", "listing", "plan", "predict", "pretrain", "serve", "train"],
+    ["config", "inference", "loop"],
+    ["api", "evaluate", "inspection", "listing", "plan", "predict", "pretrain", "serve", "train"],
     ["cli"],
 ]
 FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Neighbours on one floor that may see each other, and rooms that may not although floors allow it.
-NEIGHBOURS = {("config", "loop"), ("train", "evaluate")}
+NEIGHBOURS = {("backbone", "artifact"), ("config", "loop"), ("train", "evaluate")}
 WALLS = {("prompts", "t5"), ("data", "t5"), ("data", "prompts")}
 
 # Packages with one door.

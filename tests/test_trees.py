@@ -4,19 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from jaxprompt import trees
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.soft import SoftPrompt
-from jaxprompt.t5.config import T5Config
-from jaxprompt.t5.layers import abstract_params, init_params, param_specs
+from jaxprompt.t5.layers import abstract_params, param_specs
 from jaxprompt.t5.model import T5
 
-CONFIG = T5Config(
-    vocab_size=17, d_model=6, d_kv=3, d_ff=7, num_layers=2, num_decoder_layers=1, num_heads=2,
-    relative_attention_num_buckets=8, relative_attention_max_distance=16,
-)  # fmt: skip
+CONFIG = tiny.CONFIG
+D = CONFIG.d_model
 
 
 def _model(params: dict, prompt: object) -> PromptedT5:
@@ -33,8 +31,8 @@ def nnx_mode(request):
 
 
 def test_the_prompt_alone_is_trained(nnx_mode):
-    params = init_params(CONFIG, jax.random.key(0))
-    prompt = jnp.ones((4, 6))
+    params = tiny.make_params(CONFIG)
+    prompt = jnp.ones((4, D))
     _, trained, frozen = trees.split(_model(params, prompt))
     assert list(trees.flatten(trained)) == ["method/prompt"]
     assert frozen["backbone"]["params"].keys() == params.keys()
@@ -42,7 +40,7 @@ def test_the_prompt_alone_is_trained(nnx_mode):
 
 
 def test_everything_is_trained_when_asked(nnx_mode):
-    model = PromptedT5(T5(CONFIG, init_params(CONFIG, jax.random.key(0))))
+    model = PromptedT5(T5(CONFIG, tiny.make_params(CONFIG)))
     _, trained, frozen = trees.split(model, ...)
     assert frozen == {}
     assert trees.count(trained) == sum(np.prod(spec.shape) for spec in _specs())
@@ -53,7 +51,7 @@ def _specs() -> list:
 
 
 def test_merge_is_the_inverse_of_split(nnx_mode):
-    model = _model(init_params(CONFIG, jax.random.key(0)), jnp.arange(12.0).reshape(2, 6))
+    model = _model(tiny.make_params(CONFIG), jnp.arange(2.0 * D).reshape(2, D))
     graphdef, trained, frozen = trees.split(model)
     again = trees.split(trees.merge(graphdef, trained, frozen))
     assert again[0] == graphdef
@@ -62,10 +60,10 @@ def test_merge_is_the_inverse_of_split(nnx_mode):
 
 def test_trees_are_plain_dicts_of_arrays():
     _, trained, frozen = trees.split(
-        _model(init_params(CONFIG, jax.random.key(0)), jnp.ones((2, 6)))
+        _model(tiny.make_params(CONFIG), jnp.ones((2, D)))
     )
     for leaf in jax.tree.leaves((trained, frozen)):
-        assert type(leaf) is type(jnp.ones(()))
+        assert isinstance(leaf, np.ndarray | jax.Array)
 
     def only_dicts(tree: object) -> bool:
         return not hasattr(tree, "keys") or (
@@ -76,12 +74,12 @@ def test_trees_are_plain_dicts_of_arrays():
 
 
 def test_an_abstract_module_splits_and_its_values_may_come_later():
-    abstract = _model(abstract_params(CONFIG), jax.ShapeDtypeStruct((2, 6), jnp.float32))
+    abstract = _model(abstract_params(CONFIG), jax.ShapeDtypeStruct((2, D), jnp.float32))
     graphdef, trained, frozen = trees.split(abstract)
-    assert trees.size_in_bytes(trained) == 2 * 6 * 4
+    assert trees.size_in_bytes(trained) == 2 * D * 4
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trained, frozen))
     model = trees.merge(graphdef, *zeros)
-    assert model.method.prompt[...].shape == (2, 6)
+    assert model.method.prompt[...].shape == (2, D)
 
 
 def test_flatten_names_every_leaf_and_unflatten_inverts_it():

@@ -1,4 +1,4 @@
-"""A T5 tokenizer of a few dozen pieces, made on the spot, for tests of everything that reads text."""
+"""A T5 tokenizer of a few dozen pieces, made on the spot, for tests that read text."""
 
 import functools
 import string

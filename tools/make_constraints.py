@@ -1,4 +1,4 @@
-"""Writes constraints.txt anew: what a clean environment gets today, on the two sides of Python 3.12.
+"""Writes constraints.txt anew: what a clean environment gets today, below and from Python 3.12.
 
 python tools/make_constraints.py python3.11 python3.13
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEADER = """\
-# Versions that are tested together; `make` installs with them. No bounds of the package: those are in
+# Versions that are tested together; `make` installs with them. The package's own bounds are in
 # pyproject.toml. Made by tools/make_constraints.py.
 """
 
 
 def freeze(python: str) -> dict[str, str]:
-    """Package -> version of a clean environment with jaxprompt and what `make` installs beside it."""
+    """Package -> version, in a clean environment with jaxprompt and its extras for developers."""
     with tempfile.TemporaryDirectory() as directory:
         subprocess.run([python, "-m", "venv", directory], check=True)
         pip = [f"{directory}/bin/python", "-m", "pip", "--disable-pip-version-check"]

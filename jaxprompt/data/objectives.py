@@ -3,7 +3,6 @@
 `pretraining` applies these to the entries of a mixture.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,18 +57,12 @@ def span_corruption(
     Source: `noise_span_to_unique_sentinel` and its complement in the T5 code.
     """
     mask = random_spans_mask(len(ids), rng, noise_density, mean_span_length)
-    inputs: Ids = []
-    targets: Ids = []
-    sentinels = iter(sentinel_ids)
-    for is_noise, group in itertools.groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
-        tokens = [token for _, token in group]
-        if is_noise:
-            sentinel = next(sentinels)
-            inputs.append(sentinel)
-            targets += [sentinel, *tokens]
-        else:
-            inputs += tokens
-    return inputs, targets
+    starts = mask & ~np.concatenate([[False], mask[:-1]])
+    tokens, sentinels = np.asarray(ids), np.asarray(sentinel_ids)[: starts.sum()]
+    inputs = tokens.copy()
+    inputs[starts] = sentinels
+    targets = np.insert(tokens[mask], np.flatnonzero(starts[mask]), sentinels)
+    return inputs[starts | ~mask].tolist(), targets.tolist()
 
 
 def prefix_lm(

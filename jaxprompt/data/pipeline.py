@@ -9,9 +9,7 @@ once for all of them.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-import grain
 import numpy as np
 
 from jaxprompt.data.layout import LaidRow, Layout
@@ -22,7 +20,7 @@ from jaxprompt.data.packing import (
     fitted_buckets,
 )
 from jaxprompt.data.sources import Source
-from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions
+from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions, row_order
 from jaxprompt.data.tasks import Example, Task
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.typing import Batch, Candidates, UserError
@@ -208,8 +206,7 @@ class TrainBatches:
         self._encoder, self._source, self._cuts = encoder, source, Cuts()
         self.example_count = len(source)
         self.input_buckets = encoder.input_buckets(source)
-        rows = grain.MapDataset.range(len(source)).seed(seed)
-        self._order: Any = (rows.shuffle() if config.shuffle else rows).repeat()
+        self._order = row_order(len(source), seed, config.shuffle)
         options = StreamOptions(
             shapes=Shapes(config.batch_size, self.input_buckets, encoder.target_buckets),
             pad_id=encoder.tokenizer.pad_id,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxprompt.data.objectives import Ids, prefix_lm, span_corruption, span_counts
 from jaxprompt.data.packing import EncodedExample, length_buckets
 from jaxprompt.data.readers import JsonlSource
-from jaxprompt.data.stream import BatchStream, Shapes, StreamOptions
+from jaxprompt.data.stream import BatchStream, Shapes, StreamOptions, row_order
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.typing import Batch, UserError
 
@@ -111,8 +111,7 @@ class MixtureBatches:
         self._parts = [_Part(entry, tokenizer, seed) for entry in config.entries]
         self._order: Any = grain.MapDataset.mix(
             [
-                grain.MapDataset.range(len(part)).seed(seed + number).shuffle().repeat()
-                .map(lambda row, number=number: (number, row))
+                row_order(len(part), seed + number).map(lambda row, number=number: (number, row))
                 for number, part in enumerate(self._parts)
             ],
             weights=[entry.weight for entry in config.entries],

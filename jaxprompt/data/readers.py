@@ -211,7 +211,8 @@ def _named(cells: Sequence[str], columns: Sequence[str], where: str) -> Fields:
 
 def _csv_rows(stream: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[Fields, str]]:
     csv.field_size_limit(_FIELD_LIMIT)
-    lines = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    lines = csv.reader(text, strict=True)
     try:
         for cells in lines:
             where = f"{name}:{lines.line_num}"
@@ -220,3 +221,5 @@ def _csv_rows(stream: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[t
             columns = columns or cells
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{name}:{lines.line_num + 1} is not CSV: {error}") from error
+    finally:
+        text.detach()  # the caller closes the stream

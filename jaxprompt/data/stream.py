@@ -5,13 +5,16 @@ pretraining on a mixture (`pretraining`) share it.
 """
 
 import dataclasses
+import functools
 import queue
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import grain
 import numpy as np
 
 from jaxprompt.data.packing import (
@@ -30,7 +33,10 @@ Draw = Callable[[Sequence[int]], list[EncodedExample | None]]
 
 State = dict[str, Any]
 
-_WINDOW_STREAM = 11  # keeps a window's random numbers apart from others made of the same seed
+_GIVE_UP = 10_000  # draws without an example before training ends with an error
+_FEW_ROWS = 2**16  # below this many a permutation is kept as a table
+# Keep random numbers made of the same seed for different ends apart.
+_WINDOW_STREAM, _ORDER_STREAM = 11, 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,16 +184,16 @@ def _window(
     examples: list[EncodedExample] = []
     draws: list[int] = []
     rows: list[list[int]] = []
-    wanted = list(waiting)
+    wanted, first_draw = list(waiting), next_draw
     while len(rows) < size:
         wanted += range(next_draw, next_draw + step)
         next_draw += step
         drawn = [(number, e) for number, e in zip(wanted, draw(wanted), strict=True) if e]
-        if not drawn:
-            raise UserError(f"none of {len(wanted)} rows drawn in turn has anything to train on")
         draws += [number for number, _ in drawn]
         examples += [example for _, example in drawn]
         rows, wanted = _rows(examples, options, rng), []
+        if not examples and next_draw - first_draw > _GIVE_UP:
+            raise UserError(f"of {_GIVE_UP} rows drawn in turn none has anything to train on")
     full = len(rows) - len(rows) % size
     left = sorted(draws[position] for row in rows[full:] for position in row)
     rows = rows[:full]
@@ -217,6 +223,39 @@ def _rows(
 
 def _length(example: EncodedExample) -> tuple[int, int]:
     return len(example.encoder_ids), len(example.target_ids)
+
+
+def row_order(count: int, seed: int, shuffle: bool = True) -> Any:
+    """An endless Grain data set of row numbers: draw n -> a row of `count`, epoch after epoch.
+
+    Every epoch has every row once; with `shuffle` each epoch has an order of its own, a function of
+    `seed`. Takes constant memory where `count` is large.
+    """
+    rows = grain.MapDataset.range(count)
+    if not shuffle:
+        return rows.repeat()
+    if count < _FEW_ROWS:
+        return grain.MapDataset.source(_FewRows(count, seed))
+    return rows.seed(seed).shuffle().repeat()
+
+
+class _FewRows:
+    """Permutations as tables, because Grain's shuffling by index is slow for small numbers."""
+
+    def __init__(self, count: int, seed: int):
+        self._count, self._seed = count, seed
+        self._table = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> int:
+        epoch, position = divmod(int(index), self._count)
+        return int(self._table(epoch)[position])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, _ORDER_STREAM, epoch])
+        return rng.permutation(self._count)
 
 
 class _Ahead:

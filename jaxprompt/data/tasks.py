@@ -171,7 +171,7 @@ def read_task(name: str | Path) -> tuple[dict[str, Any], schema.Where]:
     Raises: UserError for an unknown name (the nearest is suggested).
     """
     path = Path(name)
-    if not path.is_file():
+    if path.suffix not in (".yaml", ".yml"):
         path = _preset_directory() / f"{name}.yaml"
     if not path.is_file():
         known = list_tasks()

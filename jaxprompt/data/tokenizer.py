@@ -4,6 +4,7 @@ Everything else in the project sees `Tokenizer`, which hides the differences bet
 SentencePiece vocabularies, mT5's, and ByT5's bytes.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     folder = Path(directory)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory with a tokenizer in it")
+    # It would say on import that it found no torch; nothing here wants one.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     def has(*names: str) -> bool:

@@ -1,6 +1,6 @@
-"""Prompt methods: small modules whose parameters are the only trained ones; see `base` and `METHODS`."""
+"""Prompt methods: small modules whose parameters are the only trained ones; see `METHODS`."""
 
-from jaxprompt.prompts.base import MethodConfig, MethodInputs, MethodInfo, PromptMethod, NoPrompt
+from jaxprompt.prompts.base import MethodConfig, MethodInfo, MethodInputs, NoPrompt, PromptMethod
 from jaxprompt.prompts.soft import SOFT
 
 METHODS: dict[str, MethodInfo] = {info.name: info for info in (SOFT,)}

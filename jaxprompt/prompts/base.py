@@ -45,6 +45,8 @@ class MethodConfig:
             raise UserError(
                 f"method.init_low {self.init_low} is not below method.init_high {self.init_high}"
             )
+        if self.init_vocab_size < 1:
+            raise UserError(f"method.init_vocab_size is {self.init_vocab_size}, at least 1 is needed")
         if self.init == "text" and not self.init_text:
             raise UserError("method.init is 'text' but method.init_text is empty")
         if self.init in ("prompt", "npy") and not self.init_path:

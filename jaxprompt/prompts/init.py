@@ -44,7 +44,7 @@ def initial_rows(key: Array, config: MethodConfig, context: InitContext) -> np.n
     rows = INITIALISERS[config.init](key, config, context).astype(np.float32)
     if rows.shape != (config.length, context.d_model):
         raise UserError(
-            f"the initial prompt is {rows.shape[0]} x {rows.shape[1]}, the run wants "
+            f"the initial prompt is {' x '.join(map(str, rows.shape))}, the run wants "
             f"method.length {config.length} x backbone d_model {context.d_model}"
         )
     return rows
@@ -69,7 +69,7 @@ def _sampled(key: Array, count: int, config: MethodConfig, context: InitContext)
 
 
 def _labels(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:
-    """Lester et al. 2021, section 3.1: mean over a label's sub-tokens, sampled rows for the rest."""
+    """Mean over each label's sub-tokens, sampled rows for the rest (Lester et al. 2021, 3.1)."""
     if not context.candidates:
         raise UserError("method.init is 'labels' but the task has no candidates")
     means = []

@@ -1,6 +1,6 @@
-"""Attention of T5: relative position bias, projections, and the attention itself, prefixes included.
+"""Attention of T5: relative position bias, projections, softmax attention, trained prefixes.
 
-Pure functions on plain dicts of arrays; called by `t5.model` for training and by `t5.decode` with caches.
+Pure functions on plain dicts of arrays; called by `t5.model`, and with caches by `t5.decode`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a T5 is (`T5Config`, read from a Hugging Face `config.json`) and how it is computed (`Compute`)."""
+"""What a T5 is (`T5Config`, from a Hugging Face `config.json`) and how it is computed (`Compute`)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -62,7 +62,8 @@ class T5Config:
             )
         if self.relative_attention_num_buckets % 4:
             raise UserError(
-                f"relative_attention_num_buckets {self.relative_attention_num_buckets} must divide by 4"
+                f"relative_attention_num_buckets {self.relative_attention_num_buckets} is not a "
+                "multiple of 4"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""T5 encoder and decoder as functions on the stacked parameter tree, and the NNX module around them.
+"""T5 encoder and decoder as functions on the stacked parameters, and the NNX module around them.
 
 Reading order: `encode`, `decode`, `logits`; each scans one layer function over the stacked layers.
 """
@@ -193,13 +193,15 @@ def self_projections(p: ArrayTree, config: T5Config, x_BTD: Array) -> tuple[Arra
     """Queries, keys and values [B, T, H, K] of a decoder layer's self-attention."""
     h = rms_norm(p["pre_self_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
     kernels = p["self_attention"]
-    return tuple(project(kernels[name]["kernel"], h) for name in ("query", "key", "value"))
+    query, key, value = (project(kernels[name]["kernel"], h) for name in ("query", "key", "value"))
+    return query, key, value
 
 
 def cross_projections(p: ArrayTree, encoded_BSD: Array) -> tuple[Array, Array]:
     """Keys and values [B, S, H, K] of a decoder layer's cross-attention."""
     kernels = p["encoder_decoder_attention"]
-    return tuple(project(kernels[name]["kernel"], encoded_BSD) for name in ("key", "value"))
+    key, value = (project(kernels[name]["kernel"], encoded_BSD) for name in ("key", "value"))
+    return key, value
 
 
 def decoder_layer(
@@ -292,8 +294,10 @@ def decode_batch(
         )
     embeds_BTD = dropout(embeds_BTD, dropout_rate, _fold(dropout_key, 2))
     return decode(
-        params, config, compute, embeds_BTD, batch.decoder_segments_BT, encoded_BSD, batch.encoder_segments_BS,
-        self_prefix=values.decoder_self, cross_prefix=values.decoder_cross, prompt_index_BG=index_BG,
+        params, config, compute, embeds_BTD, batch.decoder_segments_BT,
+        encoded_BSD, batch.encoder_segments_BS,
+        self_prefix=values.decoder_self, cross_prefix=values.decoder_cross,
+        prompt_index_BG=index_BG,
         dropout_rate=dropout_rate, dropout_key=_fold(dropout_key, 3),
     )  # fmt: skip
 

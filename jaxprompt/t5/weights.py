@@ -124,6 +124,16 @@ def load_params(
     return map_with_path(place, abstract_params(config, dtype))
 
 
+def read_embedding(directory: Path, config: T5Config) -> np.ndarray:
+    """The embedding table of a directory's weights and nothing else, float32 [V, D] on the host.
+
+    Raises: UserError as `load_params`.
+    """
+    files = open_weights(directory)
+    ((weight, stored),) = match(files, config)["token_embedder/embedding"]
+    return weight.ours(stored.read(), files.format.flax).astype(np.float32)
+
+
 def save_hf(
     directory: Path,
     params: ArrayTree,

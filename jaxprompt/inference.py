@@ -1,0 +1,272 @@
+"""From examples to answers: a prompt put on its backbone, and the compiled programs that answer.
+
+`evaluate`, `predict` and `api` share it, and through `evaluate` the evaluations of a training run.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxprompt import schema, steps
+from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact
+from jaxprompt.backbone import Backbone, load_backbone
+from jaxprompt.data.layout import Layout
+from jaxprompt.data.pipeline import Cuts, DataConfig, EvalBatch, TaskEncoder, eval_chunks
+from jaxprompt.data.tasks import Example, Task, TaskConfig, load_task
+from jaxprompt.model import PromptedT5
+from jaxprompt.prompts import METHODS, MethodConfig
+from jaxprompt.sharding import replicate, shard_batch
+from jaxprompt.trees import split
+from jaxprompt.typing import ArrayTree, Batch, UserError
+
+BARE = "none"  # in place of a prompt: the backbone alone
+
+# Compiled once for each shape, whoever asks: programs of equal graph definitions are the same.
+_scores = jax.jit(steps.candidate_scores, static_argnums=0)
+_generate = jax.jit(steps.generate, static_argnums=0, static_argnames="max_new_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model said to one example.
+
+    Attributes:
+      text: the candidate chosen, or the text generated.
+      score: log-likelihood of the answer, summed over its tokens and the end token, in nats.
+      scores: the same of every candidate; empty where the text was generated.
+      complete: False if the generated text came to max_target_length without an end token.
+    """
+
+    text: str
+    score: float
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    complete: bool = True
+
+
+class Answerer:
+    """Answers a task's examples: ranks its candidates, or generates greedily where it has none.
+
+    Attributes: encoder; cuts, counts of what was cut off to fit so far.
+    """
+
+    def __init__(
+        self,
+        graphdef: Any,
+        encoder: TaskEncoder,
+        *,
+        mesh: Mesh | None = None,
+        input_buckets: Sequence[int] = (),
+        generate: bool = False,
+        chunk_batches: int = 16,
+    ):
+        """
+        Args:
+          graphdef: of a `PromptedT5`, from `trees.split`.
+          encoder: the task with its layout, vocabulary and lengths.
+          mesh: spreads the rows of a batch over devices.
+          input_buckets: lengths to pad to, as `eval_chunks` takes them.
+          generate: generate even if the task has candidates.
+          chunk_batches: batches made, and answered, at a time.
+        """
+        self.encoder, self.cuts = encoder, Cuts()
+        self._graphdef, self._mesh = graphdef, mesh
+        self._input_buckets, self._chunk_batches = tuple(input_buckets), chunk_batches
+        self._generates = generate or not encoder.candidate_ids
+
+    def answers(
+        self, trained: ArrayTree, frozen: ArrayTree, examples: Iterable[Example]
+    ) -> Iterator[list[tuple[Example, Answer]]]:
+        """Examples with their answers, in the order given, chunk by chunk as they are read."""
+        chunks = eval_chunks(
+            self.encoder,
+            examples,
+            input_buckets=self._input_buckets,
+            chunk_batches=self._chunk_batches,
+            cuts=self.cuts,
+        )
+        for chunk in chunks:
+            results = [self._run(trained, frozen, batch) for batch in chunk.batches]
+            answers: dict[int, Answer] = {}
+            for made, result in zip(chunk.batches, results, strict=True):
+                positions = made.batch.example_index_BG[:, 0].tolist()
+                told = self._told(result)
+                answers |= dict(zip(positions, told, strict=True))
+            yield [(example, answers[at]) for at, example in enumerate(chunk.examples)]
+
+    def _run(self, trained: ArrayTree, frozen: ArrayTree, made: EvalBatch) -> Any:
+        """Starts a batch on the device; does not wait for it."""
+        batch = self._put(_with_beginning(made.batch, self.encoder.start_id))
+        if self._generates:
+            longest = self.encoder.config.max_target_length
+            return _generate(self._graphdef, trained, frozen, batch, max_new_tokens=longest)
+        candidates = self._put(made.candidates, axis=1)
+        return _scores(self._graphdef, trained, frozen, batch, candidates)
+
+    def _put(self, tree: ArrayTree, axis: int = 0) -> ArrayTree:
+        if self._mesh is None:
+            return jax.device_put(tree)
+        return shard_batch(self._mesh, tree, axis)
+
+    def _told(self, result: Any) -> list[Answer]:
+        """Answers of a batch's rows, those of empty rows too."""
+        result = jax.device_get(result if self._mesh is None else replicate(self._mesh, result))
+        if self._generates:
+            texts = map(self.encoder.tokenizer.decode, result.ids_BT.tolist())
+            scores, ended = result.log_likelihood_B.tolist(), result.ended_B.tolist()
+            return [
+                Answer(text, score, complete=end)
+                for text, score, end in zip(texts, scores, ended, strict=True)
+            ]
+        candidates = self.encoder.task.candidates
+        answers = []
+        for scores_C in result[:, 0]:
+            best = int(scores_C.argmax())
+            scores = dict(zip(candidates, scores_C.tolist(), strict=True))
+            answers.append(Answer(candidates[best], float(scores_C[best]), scores))
+        return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """A prompt on a backbone, taken apart as the compiled programs want it."""
+
+    graphdef: Any
+    trained: ArrayTree
+    frozen: ArrayTree
+
+
+def put_on(
+    backbone: Backbone, prompt: PromptArtifact | None, *, allow_other: bool = False
+) -> Prompted:
+    """Puts a prompt on a backbone.
+
+    Args:
+      prompt: None = the bare backbone.
+      allow_other: accept another backbone than the prompt was trained with, where shapes allow.
+    Raises: UserError for a backbone that the prompt does not belong to, or an unknown method.
+    """
+    if prompt is None:
+        return Prompted(*split(PromptedT5(backbone.module())))
+    check_backbone(
+        prompt, backbone.name, backbone.fingerprint, backbone.config.d_model, allow_other
+    )
+    config = method_config(prompt)
+    method = METHODS[config.name].make(jax.device_put(dict(prompt.values)), config)
+    return Prompted(*split(PromptedT5(backbone.module(), method)))
+
+
+def read_prompt(path: str) -> PromptArtifact | None:
+    """The artifact at `path`; None for "none", the bare backbone.
+
+    Raises: UserError as `load_artifact`.
+    """
+    return None if path == BARE else load_artifact(path)
+
+
+def backbone_of(
+    prompt: PromptArtifact | None, name: str | None = None, dtype: str = "float32"
+) -> Backbone:
+    """Loads a prompt's backbone, or the one called `name`.
+
+    Raises: UserError if neither says which, or as `load_backbone`.
+    """
+    chosen = name or ("" if prompt is None else prompt.backbone.name)
+    if not chosen:
+        who = "the bare backbone" if prompt is None else f"prompt {prompt.path}"
+        raise UserError(f"{who} does not say which backbone to load; name it with --backbone")
+    return load_backbone(chosen, dtype=dtype)
+
+
+def task_of(prompt: PromptArtifact | None, name: str | None = None) -> Task:
+    """The task called `name`, or else a prompt's own; free text to free text if it has none."""
+    if name:
+        return load_task(name)
+    if prompt is None or not prompt.task:
+        return Task(TaskConfig())
+    return Task(schema.from_mapping(TaskConfig, prompt.task, f"the task of prompt {prompt.path}"))
+
+
+def with_candidates(task: Task, candidates: Sequence[str]) -> Task:
+    """The task with other candidates to choose from; with none, one of free generation."""
+    options = {"labels": {}, "candidates": tuple(candidates), "positive_label": ""}
+    return Task(dataclasses.replace(task.config, **options))
+
+
+def method_config(prompt: PromptArtifact) -> MethodConfig:
+    """The options of a prompt's method.
+
+    Raises: UserError if this version does not know it.
+    """
+    place = f"the method of prompt {prompt.path}"
+    config = schema.from_mapping(MethodConfig, prompt.method, place)
+    if config.name not in METHODS:
+        raise UserError(f"{place} is {config.name!r}; there are {', '.join(METHODS)}")
+    return config
+
+
+def layout_of(prompt: PromptArtifact | None) -> Layout:
+    """Where a prompt's slots stand; the input alone without a prompt.
+
+    Raises: UserError if layout and length do not agree.
+    """
+    if prompt is None:
+        return Layout.parse("{input}", 0)
+    return Layout.parse(prompt.layout, method_config(prompt).length)
+
+
+def encoder_of(
+    backbone: Backbone,
+    prompt: PromptArtifact | None,
+    task: Task,
+    *,
+    batch_size: int = 64,
+    max_input_length: int | None = None,
+    max_target_length: int | None = None,
+) -> TaskEncoder:
+    """What turns a task's examples into rows for this prompt.
+
+    Lengths are those given, else those the prompt was trained with, else the defaults.
+    """
+    default = DataConfig()
+    trained = {} if prompt is None else prompt.training.get("data", {})
+    config = DataConfig(
+        eval_batch_size=batch_size,
+        max_input_length=max_input_length
+        or trained.get("max_input_length", default.max_input_length),
+        max_target_length=max_target_length
+        or trained.get("max_target_length", default.max_target_length),
+    )
+    return TaskEncoder(
+        task,
+        layout_of(prompt),
+        backbone.tokenizer,
+        config,
+        start_id=backbone.config.decoder_start_id,
+    )
+
+
+def cut_note(cuts: Cuts, longest: int) -> str:
+    """A sentence on inputs that were cut off; empty if none was."""
+    if not cuts.cut_inputs:
+        return ""
+    return (
+        f"{cuts.cut_inputs:,} of {cuts.examples:,} inputs were cut to {longest} tokens, "
+        f"{cuts.cut_input_tokens:,} tokens in all; --max-input-length takes more"
+    )
+
+
+def _with_beginning(batch: Batch, start_id: int) -> Batch:
+    """The batch with nothing but the start token on its decoder side."""
+    ids = np.full((len(batch.decoder_ids_BT), 1), start_id, np.int32)
+    return dataclasses.replace(
+        batch,
+        decoder_ids_BT=ids,
+        decoder_slots_BT=np.full_like(ids, -1),
+        decoder_segments_BT=np.ones_like(ids),
+        targets_BT=np.zeros_like(ids),
+        loss_weights_BT=np.zeros(ids.shape, np.float32),
+    )

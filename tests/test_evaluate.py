@@ -1,0 +1,222 @@
+"""Evaluation: rankings against the public `score`, metrics by their definition, the command."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_backbone import TASK, make_prompt, make_rows, write_backbone, write_prompt, write_rows
+
+import jaxprompt as jp
+from jaxprompt.backbone import Backbone
+from jaxprompt.cli import main
+from jaxprompt.data.readers import JsonlSource
+from jaxprompt.evaluate import EvalResult, Evaluator, majority_vote
+from jaxprompt.inference import encoder_of, put_on, task_of
+from jaxprompt.model import PromptedT5
+from jaxprompt.sharding import make_mesh
+
+ROWS = make_rows(21)
+CANDIDATES = ["negative", "terrible", "about food"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, two prompts for it, and a file of rows."""
+    place = tmp_path_factory.mktemp("place")
+    backbone = write_backbone(place)
+    for seed in range(2):
+        write_prompt(place / f"prompt-{seed}", backbone, seed=seed)
+    write_rows(place / "rows.jsonl", ROWS)
+    return place
+
+
+@pytest.fixture(scope="module")
+def backbone(place: Path) -> Backbone:
+    return jp.load_backbone(str(place / "backbone-0"))
+
+
+def evaluate(place: Path, backbone: Backbone, batch_size: int = 4, **options: Any) -> EvalResult:
+    prompt = make_prompt(place / "backbone-0")
+    prompted = put_on(backbone, prompt)
+    encoder = encoder_of(backbone, prompt, task_of(prompt), batch_size=batch_size)
+    evaluator = Evaluator(prompted.graphdef, encoder, **options)
+    return evaluator.run(prompted.trained, prompted.frozen, JsonlSource(place / "rows.jsonl"))
+
+
+def test_the_likeliest_candidate_is_predicted_whatever_the_batch(place: Path, backbone: Backbone):
+    prompt = make_prompt(place / "backbone-0")
+    scores = jp.score(backbone, prompt, [row["text"] for row in ROWS])
+    expected = [CANDIDATES[best] for best in scores.argmax(axis=1)]
+    assert len(set(expected)) > 1
+    for batch_size in (4, 16):
+        result = evaluate(place, backbone, batch_size)
+        assert result.predictions == expected
+        assert result.targets == [CANDIDATES[int(row["label"])] for row in ROWS]
+    assert evaluate(place, backbone, mesh=make_mesh()).predictions == expected
+
+
+def test_the_encoder_runs_once_for_all_candidates_and_is_traced_once_a_shape(
+    place: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+):
+    traced = []
+    encode = PromptedT5.encode
+
+    def counted(self: PromptedT5, batch: Any, **options: Any) -> Any:
+        traced.append(batch.encoder_ids_BS.shape)
+        return encode(self, batch, **options)
+
+    monkeypatch.setattr(PromptedT5, "encode", counted)
+    for _ in range(2):
+        evaluate(place, backbone, batch_size=3)  # a size that no other test compiles
+    assert traced and len(traced) == len(set(traced))
+    assert all(rows == 3 for rows, _ in traced)
+
+
+def test_metrics_majority_and_intervals(place: Path, backbone: Backbone):
+    result = evaluate(place, backbone)
+    right = np.equal(result.targets, result.predictions)
+    assert result.metrics["accuracy"] == pytest.approx(100 * right.mean())
+    assert list(result.metrics) == TASK["metrics"]
+    most = Counter(result.targets).most_common(1)[0][1]
+    assert result.majority["accuracy"] == pytest.approx(100 * most / len(ROWS))
+    low, high = result.intervals["accuracy"]
+    assert low <= result.metrics["accuracy"] <= high and high - low > 5
+    summary = result.summary()
+    assert summary["illegal"] == 0 and summary["examples"] == len(ROWS)
+    assert summary["targets"] == Counter(result.targets)
+    assert summary["predictions"] == Counter(result.predictions)
+
+
+def test_generated_answers_outside_the_candidates_are_counted(place: Path, backbone: Backbone):
+    prompt = make_prompt(place / "backbone-0")
+    result = evaluate(place, backbone, generate=True)
+    texts = [row["text"] for row in ROWS]
+    said = jp.generate(backbone, prompt, texts, max_new_tokens=6)
+    assert result.predictions == [" ".join(text.split()) for text in said]
+    assert result.summary()["illegal"] == sum(text not in CANDIDATES for text in said) > 0
+
+
+def test_white_space_does_not_make_an_answer_illegal(
+    place: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(type(backbone.tokenizer), "decode", lambda self, ids: " about  food ")
+    result = evaluate(place, backbone, generate=True)
+    assert set(result.predictions) == {"about food"} and result.summary()["illegal"] == 0
+
+
+def test_a_task_without_candidates_is_scored_by_exact_match(place: Path, backbone: Backbone):
+    free = {"name": "free", "input": "{text}", "target": "{said}"}
+    prompt = make_prompt(place / "backbone-0", task=free)
+    texts = [row["text"] for row in ROWS[:6]]
+    said = jp.generate(backbone, prompt, texts, max_new_tokens=6)
+    targets = [*said[:4], "nothing like it", "nor this"]
+    rows = [{"text": t, "said": f" {s} "} for t, s in zip(texts, targets, strict=True)]
+    source = JsonlSource(write_rows(place / "free.jsonl", rows))
+    prompted = put_on(backbone, prompt)
+    evaluator = Evaluator(prompted.graphdef, encoder_of(backbone, prompt, task_of(prompt)))
+    result = evaluator.run(prompted.trained, prompted.frozen, source)
+    assert result.metrics == {"exact_match": pytest.approx(100 * 4 / 6)}
+    assert "illegal" not in result.summary()
+
+
+def test_groups_reach_the_metrics(place: Path, backbone: Backbone):
+    task = TASK | {"group": "{label}", "metrics": ["group_exact_match"]}
+    prompt = make_prompt(place / "backbone-0", task=task)
+    prompted = put_on(backbone, prompt)
+    evaluator = Evaluator(prompted.graphdef, encoder_of(backbone, prompt, task_of(prompt)))
+    source = JsonlSource(place / "rows.jsonl")
+    result = evaluator.run(prompted.trained, prompted.frozen, source)
+    assert result.groups == [row["label"] for row in ROWS]
+    assert 0 <= result.metrics["group_exact_match"] <= 100
+
+
+def test_majority_vote_gives_ties_to_the_earliest_prompt():
+    votes = [["a", "a", "c"], ["b", "b", "b"], ["b", "c", "a"]]
+    assert majority_vote(votes) == ["b", "a", "c"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = main([str(arg) for arg in argv])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_command_json(place: Path, backbone: Backbone, capsys: pytest.CaptureFixture[str]):
+    code, out, err = run(
+        capsys, "evaluate", place / "prompt-0", "--data", place / "rows.jsonl", "--json"
+    )
+    assert code == 0 and err == ""
+    told = json.loads(out)
+    result = evaluate(place, backbone)
+    assert told["prompt"] == str(place / "prompt-0")
+    assert told["split"] == str(place / "rows.jsonl")
+    assert told["scores"]["accuracy"]["value"] == pytest.approx(
+        result.metrics["accuracy"], abs=1e-4
+    )
+    assert told["examples"] == len(ROWS)
+
+
+def test_command_table_and_cut_inputs(place: Path, capsys: pytest.CaptureFixture[str]):
+    code, out, err = run(
+        capsys, "evaluate", place / "prompt-0", "--data", place / "rows.jsonl",
+        "--max-input-length", 6,
+    )  # fmt: skip
+    assert code == 0
+    assert "accuracy" in out and "most frequent target" in out and "negative" in out
+    assert "of 21 inputs were cut to 6 tokens" in err
+
+
+def test_command_ensemble(place: Path, capsys: pytest.CaptureFixture[str]):
+    names = [str(place / f"prompt-{seed}") for seed in (0, 1, 0)]
+    code, out, _ = run(capsys, "evaluate", *names, "--data", place / "rows.jsonl", "--json")
+    first, second, third, together = map(json.loads, out.splitlines())
+    assert code == 0 and together["prompt"] == names
+    assert first["predictions"] != second["predictions"]
+    assert together["predictions"] == third["predictions"]  # two of three votes
+
+
+def test_command_bare_backbone(place: Path, capsys: pytest.CaptureFixture[str]):
+    task = json.dumps(TASK | {"source": {"test": "rows.jsonl"}})
+    (place / "task.yaml").write_text(task)
+    code, out, _ = run(
+        capsys, "evaluate", "none", "--backbone", place / "backbone-0", "--json",
+        "--task", place / "task.yaml", "--data-dir", place, "--split", "test",
+    )  # fmt: skip
+    told = json.loads(out)
+    assert code == 0 and told["prompt"] == "none" and told["split"] == "test"
+    backbone = jp.load_backbone(str(place / "backbone-0"))
+    scores = jp.score(backbone, None, [row["text"] for row in ROWS], CANDIDATES)
+    said = Counter(CANDIDATES[best] for best in scores.argmax(axis=1))
+    assert told["predictions"] == said
+
+
+def test_command_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = ("--data", place / "rows.jsonl")
+    other = write_backbone(tmp_path, seed=1)
+    np.save(tmp_path / "bare.npy", make_prompt(place / "backbone-0").values["prompt"])
+    np.save(tmp_path / "wide.npy", np.ones((3, 13), np.float32))
+    wrong = {
+        "was trained with backbone": [place / "prompt-0", "--backbone", other, *data],
+        "has no task of its own": [tmp_path / "bare.npy", *data],
+        "does not say which backbone": [tmp_path / "bare.npy", *data, "--task", "demo-topic"],
+        "has d_model 13, backbone": [
+            tmp_path / "wide.npy", *data, "--task", "demo-topic",
+            "--backbone", place / "backbone-0",
+        ],
+        "the bare backbone does not say": ["none", *data, "--task", "demo-topic"],
+        "no prompt at": [tmp_path / "nothing", *data],
+        "there is no file": [place / "prompt-0", "--data", tmp_path / "nothing.jsonl"],
+        "the task has no validation data": [place / "prompt-0"],
+    }  # fmt: skip
+    for sentence, argv in wrong.items():
+        code, out, err = run(capsys, "evaluate", *argv)
+        assert code == 2 and out == "" and sentence in err, (sentence, err)
+        assert err.count("\n") == 1
+    code, out, _ = run(
+        capsys, "evaluate", place / "prompt-0", "--backbone", other, *data,
+        "--allow-other-backbone", "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["backbone"] == str(other)

@@ -1,0 +1,271 @@
+"""How jaxprompt-mini is measured and packaged: report, checks and card, on a tiny backbone."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from run_fixtures import CONFIG, World, make_world, write_backbone
+
+from jaxprompt.config import PretrainConfig, dump
+from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
+from jaxprompt.loop import LoopConfig
+from jaxprompt.t5.backbones import fingerprint
+from jaxprompt.train import TrainResult
+from jaxprompt.typing import UserError
+
+TOOLS = str(Path(__file__).parents[1] / "tools" / "mini")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch, world: World) -> ModuleType:
+    """The tool, with the tiny task in place of the real ones."""
+    monkeypatch.syspath_prepend(TOOLS)
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "MEASURES", {"tiny": evaluate.Measure(str(world.config))})
+    return evaluate
+
+
+@pytest.fixture
+def package(evaluate: ModuleType) -> ModuleType:
+    import package
+
+    return package
+
+
+def arguments(world: World, out: Path, **changes: object) -> list[str]:
+    given = {"backbone": world.backbone, "tasks": "tiny", "steps": 2, "runs": out, **changes}
+    given.setdefault("out", out / "report.json")
+    words = (word for name, value in given.items() for word in (f"--{name}", value))
+    return [*map(str, words)]
+
+
+def run(tool: ModuleType, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", *argv])
+    tool.main()
+
+
+def pretend_to_train(config) -> TrainResult:
+    """Scores that depend on what is tuned and on the seed."""
+    score = (80.0 if config.tune == "prompt" else 90.0) + config.seed
+    directory, steps = Path(config.output_dir), config.train.steps
+    directory.mkdir(parents=True)
+    return TrainResult(
+        output_dir=directory, prompt=directory / "best", metrics={"accuracy": score},
+        bare={"accuracy": 51.0}, majority={"accuracy": 66.0}, best_step=steps, steps=steps,
+        examples_per_second=16.0, prompt_bytes=1000, backbone_bytes=9999, finished=True,
+    )  # fmt: skip
+
+
+def test_a_measured_run_is_trained_once(evaluate, world, tmp_path, monkeypatch, capsys):
+    argv = [*arguments(world, tmp_path), "--seeds", "0", "--tune", "prompt"]
+    run(evaluate, argv, monkeypatch)
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    (result,) = report["runs"]
+    assert 0 <= result["score"] <= 100 and result["steps"] == 2 and result["length"] == 4
+    assert "tiny (accuracy)" in table and f"{result['score']:.1f} (1 seed)" in table
+    assert result["machine"] and result["date"].count("-") == 2
+
+    monkeypatch.setattr(evaluate.jaxprompt, "train", None)
+    run(evaluate, argv, monkeypatch)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_the_report_tells_mean_and_spread_of_either_tuning(
+    evaluate, world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate.jaxprompt, "train", pretend_to_train)
+    run(evaluate, arguments(world, tmp_path), monkeypatch)
+    words = capsys.readouterr().out.split()
+    assert words[-12:] == "66.0 51.0 81.0 ± 1.0 (3 seeds) 91.0 ± 1.0 (3 seeds)".split()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["backbone"]["fingerprint"] == fingerprint(world.backbone)
+    assert {(r["tune"], r["seconds"]) for r in report["runs"]} == {("prompt", 1.0), ("model", 1.0)}
+
+
+def test_a_run_is_evaluated_only_after_its_last_step(evaluate, world, tmp_path):
+    config = evaluate.configure("tiny", "prompt", 0, world.backbone, None, 7, tmp_path)
+    assert config.train.steps == 7 and config.train.eval_every == 0
+    assert evaluate.configure("tiny", "model", 0, world.backbone, None, 0, tmp_path).tune == "model"
+
+
+def test_whatever_decides_a_result_is_in_the_name_of_its_directory(evaluate, world, tmp_path):
+    other = write_backbone(tmp_path / "other", seed=1)
+    settings = [
+        ("prompt", 0, world.backbone, 7),
+        ("model", 0, world.backbone, 7),
+        ("prompt", 1, world.backbone, 7),
+        ("prompt", 0, world.backbone, 8),
+        ("prompt", 0, other, 7),
+    ]
+    places = [
+        evaluate.configure("tiny", tune, seed, place, None, steps, tmp_path).output_dir
+        for tune, seed, place, steps in settings
+    ]
+    assert len(set(places)) == len(settings)
+
+
+def test_a_stopped_run_leaves_no_result(evaluate, world, tmp_path, monkeypatch):
+    def stopped(config):
+        return dataclasses.replace(pretend_to_train(config), finished=False)
+
+    monkeypatch.setattr(evaluate.jaxprompt, "train", stopped)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        run(evaluate, arguments(world, tmp_path), monkeypatch)
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_the_real_tasks_are_configs_that_ship(evaluate, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    for task, measure in evaluate.MEASURES.items():
+        for tune in ("prompt", "model"):
+            config = evaluate.configure(task, tune, 0, world.backbone, tmp_path, 0, tmp_path)
+            assert config.task.name in (task, measure.folder) or measure.folder
+            assert (config.tune, config.method.length) == (tune, 20)
+    with pytest.raises(UserError, match="needs --data"):
+        evaluate.configure("sst2", "prompt", 0, world.backbone, None, 0, tmp_path)
+
+
+# ---------------------------------------------------------------- packaging
+
+
+@pytest.fixture
+def records(evaluate: ModuleType, world: World, tmp_path: Path, monkeypatch) -> list[str]:
+    """What a pretraining run, its data and its evaluation leave behind: arguments of the tool."""
+    monkeypatch.setattr(evaluate.jaxprompt, "train", pretend_to_train)
+    run(evaluate, arguments(world, tmp_path / "runs"), monkeypatch)
+    place = tmp_path / "mini"
+    place.mkdir()
+    (place / "backbone").symlink_to(world.backbone)
+    entries = (
+        MixtureEntry("supervised", ("a.jsonl",), 0.75),
+        MixtureEntry("span_corruption", ("b.jsonl",), 0.25),
+    )
+    config = PretrainConfig(
+        str(place),
+        MixtureConfig(entries, batch_size=8, row_input_length=96, row_target_length=32),
+        model=CONFIG,
+        tokenizer="mini_data/tokenizer",
+    )
+    train = dataclasses.replace(config.train, **dataclasses.asdict(LoopConfig(steps=400)))
+    (place / "config.yaml").write_text(dump(dataclasses.replace(config, train=train)))
+    lines = [
+        {"step": 100, "loss": 4.0, "examples": 40.0, "tokens": 90.0, "examples_per_second": 4.0},
+        {"step": 200, "loss": 2.5, "examples": 60.0, "tokens": 110.0, "examples_per_second": 2.0},
+        {
+            "step": 200,
+            "eval/supervised/loss": 1.25,
+            "eval/supervised/accuracy": 71.5,
+            "eval/supervised/exact_match": 61.5,
+        },
+        {"step": 250, "loss": 9.0, "examples": 1.0, "tokens": 1.0, "examples_per_second": 1.0},
+    ]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = {"squad": 1234, "topic": 700, "kind": 65}
+    data = {
+        "dropped": {"imdb: also in the test split": 383},
+        "teacher_report": {"sst2_dev_accuracy": 79.47},
+        "vocab_size": 8000,
+        "files": {
+            "text.jsonl": {
+                "rows_by_source": {"novels": 1111},
+                "tokens_by_source": {"novels": 22222},
+            },
+            "supervised.jsonl": {"rows_by_task": counts, "tokens_by_task": counts},
+        },
+    }
+    (tmp_path / "data_card.json").write_text(json.dumps(data))
+    given = {
+        "run": place,
+        "data-card": tmp_path / "data_card.json",
+        "report": tmp_path / "runs" / "report.json",
+        "out": tmp_path / "assets",
+    }
+    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture
+def no_torch(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison with torch is one test's business; importing torch takes long."""
+    monkeypatch.setattr(package, "torch_difference", lambda backbone: None)
+
+
+def test_the_package_holds_a_backbone_and_a_card_of_what_was_recorded(
+    package, records, no_torch, tmp_path, world, monkeypatch
+):
+    run(package, records, monkeypatch)
+    assert fingerprint(tmp_path / "assets") == fingerprint(world.backbone)
+    text = (tmp_path / "assets" / "README.md").read_text()
+    for fact in (
+        "| steps | 200 of 400 planned |",  # the last evaluation's, when the weights were written
+        "| examples | 10,000 |",
+        "| target tokens | 20,000 |",
+        "| loss | 2.500 at the end |",
+        "loss 1.250, tokens right 71.5 %, whole targets 61.5 %",
+        "0.9 hours at 3 examples/s",
+        "supervised 75%, span corruption 25%",
+        "public domain | 1,111 passages | 22,222 |",
+        "Tasks made from these texts: topic, kind | as the texts | 765 rows |",
+        "CC BY-SA 4.0 | 1,234 rows |",
+        "| imdb: also in the test split | 383 |",
+        "81.0 ± 1.0 (3 seeds)",
+        "reaches 79.5 % there",
+        fingerprint(world.backbone),
+    ):
+        assert fact in text, fact
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 100
+
+
+def test_a_report_of_another_backbone_is_refused(
+    package, records, no_torch, tmp_path, monkeypatch, capsys
+):
+    report = tmp_path / "runs" / "report.json"
+    content = json.loads(report.read_text()) | {"backbone": {"fingerprint": "of another"}}
+    report.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        run(package, records, monkeypatch)
+    assert stopped.value.code == 2
+    assert "measured another backbone" in capsys.readouterr().err
+    assert not (tmp_path / "assets").exists()
+
+
+def test_too_large_a_backbone_leaves_what_was_there(
+    package, records, no_torch, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "README.md").write_text("the one before")
+    monkeypatch.setattr(package, "MAX_BYTES", 1000)
+    with pytest.raises(SystemExit):
+        run(package, records, monkeypatch)
+    assert "export_dtype: bfloat16" in capsys.readouterr().err
+    assert (tmp_path / "assets" / "README.md").read_text() == "the one before"
+
+
+@pytest.mark.parametrize("missing", ["mini/metrics.jsonl", "data_card.json", "runs/report.json"])
+def test_a_missing_record_is_named(
+    package, records, no_torch, tmp_path, monkeypatch, capsys, missing
+):
+    (tmp_path / missing).unlink()
+    with pytest.raises(SystemExit):
+        run(package, records, monkeypatch)
+    message = capsys.readouterr().err
+    assert str(tmp_path / missing) in message and message.count("\n") == 1
+
+
+def test_torch_computes_the_same_and_a_difference_is_refused(package, world, monkeypatch):
+    pytest.importorskip("torch")
+    backbone = package.load_backbone(str(world.backbone))
+    assert package.torch_difference(backbone) < 1e-5
+    monkeypatch.setattr(package, "MAX_DIFFERENCE", 0.0)
+    with pytest.raises(UserError, match="differ from torch's"):
+        package.torch_difference(backbone)

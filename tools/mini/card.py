@@ -1,0 +1,285 @@
+"""Writes the model card of jaxprompt-mini from what its run, its data and its evaluation recorded.
+
+Called by `package.py`. Every number comes from a file; only names, licences and sentences stand
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluate import report_table
+
+from jaxprompt.config import PretrainConfig
+from jaxprompt.optim import resolve
+from jaxprompt.t5.config import T5Config
+
+# what data_card.json calls it -> what it is, and the terms it comes under
+TEXTS = {
+    "imdb": (
+        "IMDB film reviews, training and unlabelled part (Maas et al. 2011)",
+        "none stated; copyright of the reviewers, published for research",
+    ),
+    "wikipedia": ("English Wikipedia, a sample of articles", "CC BY-SA"),
+    "novels": ("English novels", "public domain"),
+}
+LABELLED = {
+    "squad": ("SQuAD 1.1, a part of the training set (Rajpurkar et al. 2016)", "CC BY-SA 4.0"),
+    "wic": (
+        "WiC, training set from SuperGLUE (Pilehvar and Camacho-Collados 2019)",
+        "CC BY-NC 4.0",
+    ),
+    "copa": ("COPA, training set from SuperGLUE (Roemmele et al. 2011)", "BSD 2-clause"),
+    "cb": (
+        "CommitmentBank, training set from SuperGLUE (de Marneffe et al. 2019)",
+        "none stated; published for research",
+    ),
+    "multirc": (
+        "MultiRC, training set from SuperGLUE (Khashabi et al. 2018)",
+        "for research and academic use",
+    ),
+    "dialogue": ("DialogSum, development set (Chen et al. 2021)", "CC BY-NC-SA 4.0"),
+}
+
+_FRONT = """\
+---
+language: en
+license: other
+library_name: jaxprompt
+tags: [t5, prompt-tuning]
+---
+# jaxprompt-mini"""
+_ABOUT = """
+A small English T5 1.1 that the jaxprompt project pretrained itself, with its own vocabulary, so
+that the quickstart, the tests and the documentation run on a machine without a network. It is there
+to be prompted and looked into, not to be relied on. Its layout is the ordinary Hugging Face one:
+`transformers` loads it too{parity}.
+
+This page is written by `tools/mini/package.py` from the records of the run; `make mini` makes data,
+weights, scores and this page anew."""
+_SCORES = """
+Prompts of {length} slots over the frozen backbone, and full tuning of the same backbone. Every
+score is of one evaluation after the last step: no step, seed or run was chosen by it."""
+_MEASURED = """
+± is the standard deviation over seeds. Steps and batch: {steps}. {machine}; {date}.
+
+The SST-2 development set was in sight while the data was designed: the n-gram model that labels
+pieces of IMDB reviews reaches {teacher:.1f} % there, and its kind and settings were chosen knowing
+such numbers. No SST-2 sentence was trained on."""
+_LIMITS = """
+English only. It knows little of the world, follows instructions only of the kinds it was trained
+on, and writes no coherent text of its own. Its topic and sentiment labels come from word lists and
+an n-gram model, so it repeats their mistakes and the reviewers' prejudices. Inputs of more than
+{longest} tokens were never seen in training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """All a card is made of.
+
+    Attributes:
+      config: the pretraining run's.
+      metrics: the lines of its metrics.jsonl.
+      data: data_card.json.
+      report: what evaluate.py wrote.
+      architecture, parameters, size, fingerprint: of the packaged backbone; size in bytes.
+      difference: largest distance to torch's logits, None if torch was not there.
+      date: when the last metrics were written, seconds since 1970.
+    """
+
+    config: PretrainConfig
+    metrics: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Any]
+    report: Mapping[str, Any]
+    architecture: T5Config
+    parameters: int
+    size: int
+    fingerprint: str
+    difference: float | None
+    date: float
+
+
+def card(records: Records) -> str:
+    """The README.md of the packaged backbone."""
+    parity = ""
+    if records.difference is not None:
+        parity = f", with the same logits to {records.difference:.0e} of the largest"
+    longest = max(entry.max_input_length for entry in records.config.mixture.entries)
+    sections = [
+        _FRONT,
+        _prose(_ABOUT.format(parity=parity)),
+        _architecture(records),
+        _training(records),
+        _data(records.data),
+        _kept_out(records.data),
+        _scores(records),
+        "## Limits",
+        _prose(_LIMITS.format(longest=longest)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _architecture(records: Records) -> str:
+    shape = records.architecture
+    return _markdown(
+        ("", ""),
+        [
+            ("parameters", f"{records.parameters:,}"),
+            ("layers", f"{shape.num_layers} encoder, {shape.num_decoder_layers} decoder"),
+            ("width", f"{shape.d_model}, mlp {shape.d_ff} ({shape.activation}, gated)"),
+            ("heads", f"{shape.num_heads} of {shape.d_kv}"),
+            ("embedding rows", f"{shape.vocab_size:,}"),
+            ("vocabulary", f"{records.data['vocab_size']:,} pieces and sentinels, SentencePiece"),
+            ("files", f"{records.config.export_dtype}, {records.size / 1e6:.1f} MB in all"),
+            ("fingerprint", f"`{records.fingerprint}`"),
+        ],
+    )
+
+
+def _training(records: Records) -> str:
+    config, mixture = records.config, records.config.mixture
+    steps, windows = exported_step(records.metrics), training_records(records.metrics)
+    recipe = resolve(config.optim)
+    examples = statistics.mean(window["examples"] for window in windows)
+    targets = statistics.mean(window["tokens"] for window in windows)
+    speed = statistics.median(window["examples_per_second"] for window in windows)
+    recent = windows[-max(1, len(windows) // 20) :]
+    shares = ", ".join(
+        f"{entry.objective.replace('_', ' ')} {entry.weight / total:.0%}"
+        for total in (sum(entry.weight for entry in mixture.entries),)
+        for entry in mixture.entries
+    )
+    planned = config.train.steps or recipe.steps
+    rows = [
+        ("steps", f"{steps:,}" + ("" if steps == planned else f" of {planned:,} planned")),
+        (
+            "a step",
+            f"{mixture.batch_size} packed rows of {mixture.row_input_length} + "
+            f"{mixture.row_target_length} positions, {examples:.0f} examples on average",
+        ),
+        ("examples", f"{steps * examples:,.0f}"),
+        ("target tokens", f"{steps * targets:,.0f}"),
+        ("mixture, by examples", shares),
+        (
+            "optimizer",
+            f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, loss averaged "
+            f"by {config.train.loss_by}",
+        ),
+        ("loss", f"{statistics.mean(window['loss'] for window in recent):.3f} at the end"),
+        *_validation(records.metrics, steps),
+        ("time", f"{steps * examples / speed / 3600:.1f} hours at {speed:.0f} examples/s"),
+        ("ended", time.strftime("%Y-%m-%d", time.gmtime(records.date))),
+    ]
+    return "## Training\n\n" + _markdown(("", ""), rows)
+
+
+def exported_step(metrics: Sequence[Mapping[str, Any]]) -> int:
+    """The step of the last evaluation, which is when the backbone was written."""
+    return max(line["step"] for line in metrics if any(name.startswith("eval/") for name in line))
+
+
+def training_records(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The training records up to the step that was exported."""
+    last = exported_step(metrics)
+    return [line for line in metrics if "loss" in line and line["step"] <= last]
+
+
+def _validation(metrics: Sequence[Mapping[str, Any]], step: int) -> list[tuple[str, str]]:
+    values = {
+        name: value for line in metrics if line["step"] == step for name, value in line.items()
+    }
+    rows = []
+    for name, value in values.items():
+        if name.startswith("eval/") and name.endswith("/loss"):
+            objective = name.removeprefix("eval/").removesuffix("/loss")
+            exact = values[f"eval/{objective}/exact_match"]
+            accuracy = values[f"eval/{objective}/accuracy"]
+            told = f"loss {value:.3f}, tokens right {accuracy:.1f} %, whole targets {exact:.1f} %"
+            rows.append((f"held out, {objective.replace('_', ' ')}", told))
+    return rows
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    text, supervised = data["files"]["text.jsonl"], data["files"]["supervised.jsonl"]
+    rows = [
+        (
+            *TEXTS[name],
+            f"{text['rows_by_source'][name]:,} passages",
+            f"{text['tokens_by_source'][name]:,}",
+        )
+        for name in text["rows_by_source"]
+    ]
+    made = [name for name in supervised["rows_by_task"] if name not in LABELLED]
+    rows.append(
+        (
+            f"Tasks made from these texts: {', '.join(made).replace('_', ' ')}",
+            "as the texts",
+            f"{sum(supervised['rows_by_task'][name] for name in made):,} rows",
+            f"{sum(supervised['tokens_by_task'][name] for name in made):,}",
+        )
+    )
+    rows += [
+        (
+            *LABELLED[name],
+            f"{supervised['rows_by_task'][name]:,} rows",
+            f"{supervised['tokens_by_task'][name]:,}",
+        )
+        for name in supervised["rows_by_task"]
+        if name in LABELLED
+    ]
+    about = """
+    Rows of labelled sets repeat their examples under several wordings; tokens are those of the
+    inputs. Some of the sets are for non-commercial use or for research only, so the weights are
+    published for research and teaching."""
+    table = _markdown(("source", "terms", "rows", "tokens"), rows)
+    return "\n\n".join(["## Data", _prose(about), table])
+
+
+def _kept_out(data: Mapping[str, Any]) -> str:
+    about = """
+    No text of SST-2, RTE, BoolQ, MRPC, CoLA, QQP, E2E or XQuAD, no IMDB test review and nothing of
+    the demo set was trained on. Documents that hold a text of an evaluation set (as a whole from 6
+    words on, or any 13 words of it in a row) were dropped whole:"""
+    dropped = [(reason, f"{count:,}") for reason, count in data["dropped"].items()]
+    return "\n\n".join(["## Kept out", _prose(about), _markdown(("document", "dropped"), dropped)])
+
+
+def _scores(records: Records) -> str:
+    runs = records.report["runs"]
+    steps = dict.fromkeys(
+        f"{run['task']} {run['tune']} {run['steps']:,} x {run['batch_size']}" for run in runs
+    )
+    machines = dict.fromkeys(f"Measured on {run['machine']}" for run in runs)
+    lengths = sorted({run["length"] for run in runs if run["tune"] == "prompt"})
+    measured = _MEASURED.format(
+        steps=", ".join(steps),
+        machine=" and ".join(machines),
+        date=max(run["date"] for run in runs),
+        teacher=records.data["teacher_report"]["sst2_dev_accuracy"],
+    )
+    return "\n\n".join(
+        [
+            "## Scores",
+            _prose(_SCORES.format(length=" or ".join(map(str, lengths)))),
+            f"```\n{report_table(records.report['summary'])}\n```",
+            _prose(measured),
+        ]
+    )
+
+
+def _prose(text: str) -> str:
+    """Paragraphs in lines of at most 100 characters."""
+    return "\n\n".join(
+        textwrap.fill(" ".join(part.split()), 100, break_long_words=False, break_on_hyphens=False)
+        for part in text.strip().split("\n\n")
+    )
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
