@@ -1,4 +1,4 @@
-"""What the measurements share: sizes by name, random full rows, the training step, a line about the machine."""
+"""What the measurements share: sizes by name, random full rows, the training step, the machine."""
 
 import dataclasses
 import datetime
@@ -39,7 +39,7 @@ MINI = Path(jaxprompt.__file__).parent / "assets" / "mini" / "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Shapes of one step: rows B, text tokens a row, prompt slots P before them, target tokens T."""
+    """Of one step: rows B, text tokens a row, prompt slots P before them, target tokens T."""
 
     rows: int = 8
     tokens: int = 128
@@ -130,8 +130,9 @@ def make_step(
 def machine() -> str:
     """One line: date, processor, cores, load, device and versions."""
     device = jax.devices()[0]
+    now = datetime.datetime.now(datetime.UTC)
     return (
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC · {_processor()} · {os.cpu_count()} cores · "
+        f"{now:%Y-%m-%d %H:%M} UTC · {_processor()} · {os.cpu_count()} cores · "
         f"load {os.getloadavg()[0]:.1f} · {device.platform} ({device.device_kind}) · "
         f"Python {platform.python_version()} · jax {jax.__version__}"
     )

@@ -15,7 +15,7 @@ class Term:
     Attributes:
       name: where it stands.
       forward: FLOPs of the forward pass, a multiply-add counted as 2.
-      backward: FLOPs of the activation gradients it needs; 0 where no operand depends on the prompt.
+      backward: FLOPs of the activation gradients that the prompt's gradient needs.
     """
 
     name: str
@@ -28,13 +28,13 @@ def step_terms(config: T5Config, rows: int, encoder: int, decoder: int) -> list[
 
     With B rows, S encoder positions (tokens and slots), T decoder positions and X = H * K:
 
-    - a projection by a frozen weight, [B*S, D] x [D, X], costs 2*B*S*D*X forward and the same again
-      for the gradient of its input; the gradient of the weight is never needed;
-    - scores (query x key) and context (weights x value), 2*B*H*S*S*K each, have two trained-dependent
-      operands, so each costs twice its forward again;
+    - a projection by a frozen weight, [B*S, D] x [D, X], costs 2*B*S*D*X forward and the same
+      again for the gradient of its input; the gradient of the weight is never needed;
+    - scores (query x key) and context (weights x value), 2*B*S*S*X each, have two operands that
+      depend on the prompt, so each costs twice its forward again;
     - the prompt stands in the encoder's input, so what the decoder computes before its first
-      cross-attention has meets the prompt needs no gradient: the self-attention of its first layer and
-      the query (projection and gradient) of its first cross-attention.
+      cross-attention needs no gradient: the self-attention of its first layer, and the query (its
+      projection and its gradient) of its first cross-attention.
 
     Norms, softmax, activations and the embedding gather are left out of the minimum (and counted by
     the compiler). Arrays are counted whole: that in the encoder's first layer only slots have a

@@ -35,8 +35,8 @@ def counted_flops(
 ) -> float:
     """The compiler's count for the optimised program, with the layers unrolled.
 
-    `cost_analysis` counts a loop's body once, so a step that scans over layers is compiled once more
-    without the loop.
+    `cost_analysis` counts a loop's body once, so a step that scans over layers is compiled once
+    more without the loop.
     """
     layers = max(config.num_layers, config.num_decoder_layers)
     if layers_unrolled(compute, layers) < layers:
@@ -86,8 +86,9 @@ def main() -> None:
     minimum = minimal_step_flops(config, shapes.rows, shapes.encoder, shapes.targets)
     print(machine())
     print(
-        f"T5 1.1 {args.size}, {args.dtype}: {shapes.rows} rows x ({shapes.slots} slots + {shapes.tokens} tokens), "
-        f"{shapes.targets} targets; analytic minimum {minimum / 1e9:.2f} GFLOP a step\n"
+        f"T5 1.1 {args.size}, {args.dtype}: {shapes.rows} rows x ({shapes.slots} slots + "
+        f"{shapes.tokens} tokens), {shapes.targets} targets; "
+        f"analytic minimum {minimum / 1e9:.2f} GFLOP a step\n"
     )
     if args.terms:
         terms = step_terms(config, shapes.rows, shapes.encoder, shapes.targets)

@@ -86,7 +86,8 @@ def load_backbone(
         )
     shardings = None if mesh is None else tree_shardings(mesh, param_specs(config))
     params = load_params(directory, config, dtype=param_dtype or compute.dtype, shardings=shardings)
-    return Backbone(name, directory, fingerprint(directory, config), config, compute, params, tokenizer)
+    identity = fingerprint(directory, config)
+    return Backbone(name, directory, identity, config, compute, params, tokenizer)
 
 
 def identity_of(backbone: Backbone) -> BackboneIdentity:

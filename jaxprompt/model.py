@@ -1,4 +1,4 @@
-"""PromptedT5 = frozen T5 + prompt method: batches in, logits out; made and split once, at the edge."""
+"""PromptedT5 = frozen T5 + prompt method: batches in, logits out; made and split once."""
 
 from flax import nnx
 
@@ -71,7 +71,7 @@ class PromptedT5(nnx.Module):
         )  # fmt: skip
 
     def generate(self, batch: Batch, *, max_new_tokens: int) -> Generated:
-        """Continues the beginning in the batch's decoder fields greedily, see `t5.decode.greedy`."""
+        """Continues the beginning in the batch's decoder fields, see `t5.decode.greedy`."""
         values, encoded_BSD = self.encode(batch)
         backbone = self.backbone
         return greedy(

@@ -4,6 +4,7 @@ A parameter or activation with an axis that has no rule is an error, never a sil
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of axes (data, model) with Auto axis types.
 
     Args:
@@ -94,7 +95,7 @@ def shard_batch(mesh: Mesh, batch: ArrayTree, axis: int = 0) -> ArrayTree:
         rows = leaf.shape[axis]
         if rows % devices:
             raise UserError(f"batch of {rows} rows does not divide over {devices} data devices")
-        spec = PartitionSpec(*([None] * axis), "data")
+        spec = PartitionSpec(*("data" if n == axis else None for n in range(leaf.ndim)))
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(put, batch)

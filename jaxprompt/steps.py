@@ -121,10 +121,13 @@ def train_step(
 
 
 def _accumulated(gradient: Any, trained: ArrayTree, batch: Batch, key: Array, parts: int) -> Any:
-    """Sums losses and gradients over microbatches, one after another."""
+    """Sums losses and gradients over microbatches, one after another.
 
-    def reshape(leaf: Array) -> Array:
-        return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
+    A microbatch takes every parts-th row, so that each device of a mesh keeps to its own rows.
+    """
+
+    def deal(leaf: Array) -> Array:
+        return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
 
     def add(total: Any, scanned: tuple[Batch, Array]) -> tuple[Any, None]:
         part, number = scanned
@@ -132,7 +135,7 @@ def _accumulated(gradient: Any, trained: ArrayTree, batch: Batch, key: Array, pa
             jnp.add, total, gradient(trained, part, jax.random.fold_in(key, number))
         ), None
 
-    microbatches = jax.tree.map(reshape, batch)
+    microbatches = jax.tree.map(deal, batch)
     shapes = jax.eval_shape(
         gradient, trained, jax.tree.map(lambda leaf: leaf[0], microbatches), key
     )

@@ -346,24 +346,24 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
         f"picture: {result.output_dir / 'plots' / 'run.png'}",
     ]
     if config.tune == "prompt":
+        kept = [word for word in words if not word.startswith(("train.steps=", "train.epochs="))]
+        longer = shlex.join(["jaxprompt", "train", *kept, *_twice(config, result)])
         lines += [
             "",
             "next:",
             f"  echo 'your own text' | jaxprompt predict {prompt} --input -",
             *([f"  jaxprompt evaluate {prompt} --split test"] if has_test else []),
             f"  jaxprompt inspect {prompt}",
-            f"  {again} {_twice(config, result)}    # goes on with the run",
+            f"  {longer}    # goes on with the run",
         ]
     return "\n".join(lines)
 
 
-def _twice(config: RunConfig, result: TrainResult) -> str:
+def _twice(config: RunConfig, result: TrainResult) -> list[str]:
     """Overrides that make a run twice as long as it was."""
-    if config.train.epochs:
-        longer = f"train.epochs={2 * config.train.epochs:g}"
-    else:
-        longer = f"train.steps={2 * result.steps}"
-    return longer + (" train.early_stopping=0" if config.train.early_stopping else "")
+    by_epochs = f"train.epochs={2 * config.train.epochs:g}"
+    longer = by_epochs if config.train.epochs else f"train.steps={2 * result.steps}"
+    return [longer, *(["train.early_stopping=0"] if config.train.early_stopping else [])]
 
 
 def _bytes_in(directory: Path) -> int:

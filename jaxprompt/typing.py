@@ -57,8 +57,8 @@ class Batch:
 class Candidates:
     """Answers to rank for the examples of a batch: its decoder side once for each of C candidates.
 
-    Fields as in `Batch`, with C in front: [C, B, T]. An example with fewer candidates than C has zero
-    loss weights at the missing ones.
+    Fields as in `Batch`, with C in front: [C, B, T]. An example with fewer candidates than C has
+    zero loss weights at the missing ones.
     """
 
     decoder_ids_CBT: Array

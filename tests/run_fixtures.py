@@ -34,19 +34,20 @@ _LOUDNESS = {
     "encoder_decoder_attention/out": 3, "encoder_decoder_attention/value": 3, "logits_dense": 2,
     "self_attention/out": 0.3, "encoder/layers/attention/out": 0.3, "mlp/wo": 0.3,
 }  # fmt: skip
-_CACHE = {
+_COMPILER = {
     "jax_compilation_cache_dir": "",
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_disable_most_optimizations": True,  # of the compiler, which takes most of the time
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keeps compiled programs on disk, for all runs of a session and the processes they start."""
+    """Compiles fast, and keeps programs on disk for all runs and processes of a session."""
     place = tmp_path_factory.getbasetemp() / "compiled"
-    before = {name: getattr(jax.config, name) for name in _CACHE}
-    for name, value in {**_CACHE, "jax_compilation_cache_dir": str(place)}.items():
+    before = {name: jax.config.values[name] for name in _COMPILER}
+    for name, value in {**_COMPILER, "jax_compilation_cache_dir": str(place)}.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield place
@@ -207,7 +208,7 @@ def environment(**changes: str) -> dict[str, str]:
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
-        **{name.upper(): str(getattr(jax.config, name)) for name in _CACHE},
+        **{name.upper(): str(jax.config.values[name]) for name in _COMPILER},
         **changes,
     }
 

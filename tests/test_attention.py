@@ -20,15 +20,15 @@ from jaxprompt.t5.attention import (
     with_prefix,
 )
 
-# Buckets of relative positions -70, -63, ... 70 by Mesh TensorFlow's formula, 16 buckets to distance 40;
-# made with the float32 torch code of transformers 5.23 (`T5Attention._relative_position_bucket`).
+# Buckets of relative positions -70, -63, ... 70, 16 buckets to distance 40, made with the float32
+# torch code of transformers 5.23 (`T5Attention._relative_position_bucket`).
 GOLDEN_POSITIONS = np.arange(-70, 71, 7)
 GOLDEN_BOTH = [7, 7, 7, 7, 7, 7, 7, 6, 6, 4, 0, 12, 14, 14, 15, 15, 15, 15, 15, 15, 15]
 GOLDEN_PAST = [15, 15, 15, 15, 15, 15, 14, 12, 10, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
 def bucket_by_definition(relative: int, both: bool, buckets: int, max_distance: int) -> int:
-    """Half of the buckets one by one, the others logarithmically; Raffel et al. 2020, section 2.1."""
+    """Half of the buckets one by one, the others by logarithm; Raffel et al. 2020, section 2.1."""
     base = 0
     if both:
         buckets //= 2
@@ -171,7 +171,7 @@ def test_projections_are_matmuls():
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_prefix_is_attention_over_own_prompts_keys_first(biased: bool):
-    """Two segments of two prompts in one row, padding behind, against the loops segment by segment."""
+    """Two segments of two prompts in one row, padding behind, against loops over each segment."""
     prefix_keys, prefix_values = _arrays((3, 2, 2, 4), (3, 2, 2, 4))
     query, key, value, bias = _arrays((2, 6, 2, 4), (2, 6, 2, 4), (2, 6, 2, 4), (2, 6, 6))
     segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]], np.int32)

@@ -70,7 +70,11 @@ def test_init_follows_each_spec():
         else:
             size = math.prod(spec.shape)
             np.testing.assert_allclose(np.std(params[path]), spec.stddev, rtol=4 / math.sqrt(size))
-    leaves = [np.asarray(leaf).ravel()[:4].tobytes() for path, leaf in params.items() if "scale" not in path]
+    leaves = [
+        np.asarray(leaf).ravel()[:4].tobytes()
+        for path, leaf in params.items()
+        if "scale" not in path
+    ]
     assert len(set(leaves)) == len(leaves)  # no two parameters drawn from one key
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,13 @@ EXAMPLES = tiny.make_examples(6, SLOTS, PROMPTS, decoder_slots=DECODER_SLOTS)
 
 
 def logits_of(
-    params: dict, values: PromptValues, batch: Batch, config: T5Config = CONFIG, compute: Compute = LOOP,
-    **dropout: object,
-) -> jax.Array:  # fmt: skip
+    params: dict,
+    values: PromptValues,
+    batch: Batch,
+    config: T5Config = CONFIG,
+    compute: Compute = LOOP,
+    **dropout: Any,
+) -> jax.Array:
     encoded = t5.encode_batch(params, config, compute, batch, values, **dropout)
     hidden = t5.decode_batch(params, config, compute, batch, values, encoded, **dropout)
     return t5.logits(params, config, hidden)
@@ -62,7 +67,11 @@ fast_logits_of = jax.jit(logits_of, static_argnums=(3, 4), static_argnames="drop
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def losses_and_gradient(
-    params: dict, values: PromptValues, batch: Batch, config: T5Config = CONFIG, compute: Compute = LOOP
+    params: dict,
+    values: PromptValues,
+    batch: Batch,
+    config: T5Config = CONFIG,
+    compute: Compute = LOOP,
 ) -> tuple[jax.Array, PromptValues]:
     """Summed loss of each example in its order, and the gradient of a weighted sum of them."""
 
@@ -93,7 +102,9 @@ def packed() -> Batch:
 
 
 def assert_close(got: object, want: object, tolerance: float = 1e-5) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, want
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,7 +122,7 @@ def test_packed_rows_equal_separate_rows(family: str):
 
 
 def test_nothing_leaks_between_segments():
-    """Other tokens, slots and prompts in the second segment leave the first's logits bit for bit."""
+    """Other tokens and prompts in the second segment leave the others' logits bit for bit."""
     params, values, batch = tiny.make_params(), every_value(), packed()
     changed = dataclasses.replace(
         batch,

@@ -37,7 +37,7 @@ CONTEXT = InitContext(
 
 def _ids_of(rows: np.ndarray) -> list[int]:
     """Which row of the table each is."""
-    return [int(np.flatnonzero((TABLE == row).all(1))[0]) for row in rows]
+    return [int(np.flatnonzero((row == TABLE).all(1))[0]) for row in rows]
 
 
 def test_every_kind_that_a_config_may_name_exists():
@@ -113,7 +113,9 @@ def test_a_file_of_another_shape_names_both(shape: tuple[int, ...]):
 
 FAILURES = {
     "no candidates": ({"init": "labels"}, {"candidates": ()}, "no candidates"),
-    "label without tokens": ({"init": "labels"}, {"candidates": ("?",)}, r"'\?' tokenises to nothing"),
+    "label without tokens": (
+        {"init": "labels"}, {"candidates": ("?",)}, r"'\?' tokenises to nothing",
+    ),
     "text without tokens": (
         {"init": "text", "init_text": "?"}, {}, r"init_text '\?' tokenises to nothing",
     ),
@@ -165,7 +167,9 @@ def test_every_method_starts_splits_and_counts(name: str):
 
 
 def test_a_soft_prompt_is_its_own_values():
-    method = METHODS["soft"].make({"prompt": jnp.asarray(FILE, jnp.float32)}, MethodConfig(length=4))
+    method = METHODS["soft"].make(
+        {"prompt": jnp.asarray(FILE, jnp.float32)}, MethodConfig(length=4)
+    )
     values = method(_inputs())
     np.testing.assert_array_equal(values.encoder, FILE[None])
     assert jax.tree.leaves(dataclasses.replace(values, encoder=None)) == []

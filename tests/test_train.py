@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,19 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
+def listen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The notes of a run, as they come."""
+    said: list[str] = []
+    note = train_module.RunLogger.note
+
+    def heard(self, text):
+        said.append(text)
+        note(self, text)
+
+    monkeypatch.setattr(train_module.RunLogger, "note", heard)
+    return said
+
+
 def bytes_of(tree: Any) -> dict[str, bytes]:
     return {path: np.asarray(leaf).tobytes() for path, leaf in trees.flatten(tree).items()}
 
@@ -95,18 +108,13 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(world: World, tmp_path_factory: pytest.TempPathFactory) -> Done:
     directory = tmp_path_factory.mktemp("runs") / "base"
     files_before = snapshot(world.root)
     with pytest.MonkeyPatch.context() as patch:
-        found = watch(patch)
-        said: list[str] = []
-        note = train_module.RunLogger.note
-        patch.setattr(
-            train_module.RunLogger, "note", lambda self, text: (said.append(text), note(self, text))
-        )
+        found, said = watch(patch), listen(patch)
         result = train(world.load(directory))
-    yield Done(directory, result, found, files_before, "\n".join(said))
+    return Done(directory, result, found, files_before, "\n".join(said))
 
 
 def test_the_files_of_a_run(done: Done):
@@ -201,15 +209,6 @@ def test_the_resolved_config_repeats_the_run(world: World, done: Done, tmp_path:
     assert_same_end(done.directory, tmp_path / "again")
 
 
-def test_what_the_recipe_says_ends_in_the_resolved_config(world: World, tmp_path: Path):
-    given = ["optim.recipe=google-oss", "train.steps=1", "method.init=labels"]
-    train(world.load(tmp_path / "run", *given))
-    resolved = load_config(tmp_path / "run" / "config.yaml")
-    assert (resolved.backbone.dropout, resolved.train.z_loss) == (0.1, 1e-4)
-    assert (resolved.method.init_low, resolved.method.length) == (0.0, 4)
-    assert resolved.data.batch_size == 8  # given beats the recipe's 128
-
-
 def test_a_finished_run_started_again_does_nothing_and_says_so(
     world: World, done: Done, seen: Seen, capsys: pytest.CaptureFixture
 ):
@@ -226,23 +225,57 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(
 
 def test_more_steps_go_on_to_the_end_of_a_longer_run(world: World, tmp_path: Path, seen: Seen):
     short, long = tmp_path / "short", tmp_path / "long"
-    options = ["train.eval_every=4", "train.save_every=3", "backbone.dropout=0.1"]
+    options = ["optim.recipe=google-oss", "train.eval_every=4", "train.save_every=3"]
     train(world.load(short, *options, "train.steps=4"))
     result = train(world.load(short, *options, "train.steps=8"))
     assert seen.steps == 8 and result.steps == 8
     train(world.load(long, *options, "train.steps=8"))
-    assert_same_end(short, long)  # and so does dropout's rng
-    undropped = tmp_path / "undropped"
-    train(world.load(undropped, *options[:2], "train.steps=4"))
-    assert losses(undropped)[0] != losses(short)[0]
+    assert_same_end(short, long)
+    # Dropout was on, so its random numbers went on as well; the recipe had said so.
+    resolved = load_config(long / "config.yaml")
+    assert (resolved.backbone.dropout, resolved.train.z_loss) == (0.1, 1e-4)
+    assert (resolved.method.init_low, resolved.method.length) == (0.0, 4)
+    assert resolved.data.batch_size == 8  # given, and so not the recipe's 128
+    undropped = [*options, "train.steps=1", "backbone.dropout=0"]
+    train(world.load(tmp_path / "undropped", *undropped))
+    assert losses(tmp_path / "undropped")[0] != losses(long)[0]
 
 
-def test_one_trace_for_each_batch_shape(world: World, tmp_path: Path, seen: Seen):
-    options = ["data.length_buckets=[10, 14, 20]", "train.steps=16", "train.eval_every=4"]
-    train(world.load(tmp_path / "run", *options))
-    (loop,) = seen.loops
-    assert len(loop.batches.shape_counts) == 3 == seen.traces
-    assert seen.steps == sum(loop.batches.shape_counts.values()) == 16
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A run with two batch shapes and inputs that are too long."""
+
+    seen: Seen
+    said: str
+
+
+@pytest.fixture(scope="module")
+def cut(world: World, tmp_path_factory: pytest.TempPathFactory) -> Cut:
+    options = ["data.max_input_length=12", "data.length_buckets=[9]", "train.steps=12"]
+    with pytest.MonkeyPatch.context() as patch:
+        found, said = watch(patch), listen(patch)
+        train(world.load(tmp_path_factory.mktemp("runs") / "cut", *options))
+    return Cut(found, "\n".join(said))
+
+
+def test_one_trace_for_each_batch_shape(cut: Cut):
+    (loop,) = cut.seen.loops
+    assert len(loop.batches.shape_counts) == 2 == cut.seen.traces
+    assert cut.seen.steps == sum(loop.batches.shape_counts.values()) == 12
+
+
+def test_what_is_cut_off_is_reported_with_counts(cut: Cut):
+    rows = review_rows(20, seed=2)
+    over = [len(row["text"].split()) - 7 for row in rows]  # 4 slots and the end token are kept
+    tokens = [count for count in over if count > 0]
+    assert 0 < len(tokens) < 20
+    assert (
+        f"{len(tokens)} of 20 validation inputs were cut to data.max_input_length, {sum(tokens)} "
+        "tokens in all" in cut.said
+    )
+    assert re.search(
+        r"\d+ of \d+ training inputs were cut to data\.max_input_length, \d+ ", cut.said
+    )
 
 
 def test_epochs_are_passes_over_the_rows(world: World, tmp_path: Path, seen: Seen):
@@ -251,18 +284,12 @@ def test_epochs_are_passes_over_the_rows(world: World, tmp_path: Path, seen: See
 
 
 def test_accumulated_microbatches_are_one_batch(world: World, tmp_path: Path):
-    options = ["train.steps=3", "data.shuffle=false"]
-    for parts in (1, 2, 4):
-        for by in ("tokens", "examples"):
-            place = tmp_path / f"{by}{parts}"
-            train(world.load(place, *options, f"train.loss_by={by}", f"train.accumulate={parts}"))
-            whole = tmp_path / f"{by}1"
-            np.testing.assert_allclose(losses(place), losses(whole), rtol=1e-5)
-            np.testing.assert_allclose(
-                load_artifact(place / "prompt").values["prompt"],
-                load_artifact(whole / "prompt").values["prompt"],
-                rtol=1e-4, atol=1e-5,
-            )  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(world.load(whole, "train.steps=3"))
+    train(world.load(parts, "train.steps=3", "train.accumulate=4"))
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
+    left, right = (load_artifact(run / "prompt").values["prompt"] for run in (parts, whole))
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_over_two_devices_are_one_batch(world: World, tmp_path: Path):
@@ -282,21 +309,6 @@ def test_stopping_early_and_the_best_of_all(world: World, tmp_path: Path, capsys
     assert steps == {"best": result.best_step, "prompt": result.steps}
     assert prompt_bytes(tmp_path / "run" / "best") != prompt_bytes(tmp_path / "run" / "prompt")
     assert load_artifact(tmp_path / "run" / "best").training["metrics"] == result.metrics
-
-
-def test_what_is_cut_off_is_reported_with_counts(world: World, tmp_path: Path, capsys):
-    rows = review_rows(20, seed=2)
-    options = ["data.max_input_length=10", "data.length_buckets=[10]", "train.steps=2"]
-    train(world.load(tmp_path / "run", *options))
-    said = capsys.readouterr().err
-    over = [len(row["text"].split()) - 5 for row in rows]  # 4 slots and the end token are kept
-    cut = [tokens for tokens in over if tokens > 0]
-    assert 0 < len(cut) < 20
-    assert (
-        f"{len(cut)} of 20 validation inputs were cut to data.max_input_length, {sum(cut)} tokens "
-        "in all" in said
-    )
-    assert re.search(r"\d+ of \d+ training inputs were cut to data\.max_input_length, \d+ ", said)
 
 
 def test_nothing_is_reported_where_nothing_was_cut(done: Done):

@@ -59,9 +59,7 @@ def test_merge_is_the_inverse_of_split(nnx_mode):
 
 
 def test_trees_are_plain_dicts_of_arrays():
-    _, trained, frozen = trees.split(
-        _model(tiny.make_params(CONFIG), jnp.ones((2, D)))
-    )
+    _, trained, frozen = trees.split(_model(tiny.make_params(CONFIG), jnp.ones((2, D))))
     for leaf in jax.tree.leaves((trained, frozen)):
         assert isinstance(leaf, np.ndarray | jax.Array)
 

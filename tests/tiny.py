@@ -41,7 +41,9 @@ def make_params(config: T5Config = CONFIG, seed: int = 0) -> dict:
     return trees.unflatten({path: leaf(spec) for path, spec in specs.items()})
 
 
-def make_examples(count: int, slots: int, prompts: int = 1, seed: int = 0, decoder_slots: int = 0) -> list[Example]:
+def make_examples(
+    count: int, slots: int, prompts: int = 1, seed: int = 0, decoder_slots: int = 0
+) -> list[Example]:
     """Slots before, amid or behind 2 to 5 tokens; targets of 1 to 3."""
     draw = np.random.default_rng(seed)
     examples = []
@@ -54,7 +56,9 @@ def make_examples(count: int, slots: int, prompts: int = 1, seed: int = 0, decod
     return examples
 
 
-def make_batch(rows: Sequence[Sequence[Example]], encoder: int, decoder: int, segments: int) -> Batch:
+def make_batch(
+    rows: Sequence[Sequence[Example]], encoder: int, decoder: int, segments: int
+) -> Batch:
     """Rows of segments, padded to `encoder` and `decoder` positions and `segments` segments."""
     count = len(rows)
     fields = {

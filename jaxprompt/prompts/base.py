@@ -46,7 +46,7 @@ class MethodConfig:
                 f"method.init_low {self.init_low} is not below method.init_high {self.init_high}"
             )
         if self.init_vocab_size < 1:
-            raise UserError(f"method.init_vocab_size is {self.init_vocab_size}, at least 1 is needed")
+            raise UserError(f"method.init_vocab_size is {self.init_vocab_size}, not at least 1")
         if self.init == "text" and not self.init_text:
             raise UserError("method.init is 'text' but method.init_text is empty")
         if self.init in ("prompt", "npy") and not self.init_path:

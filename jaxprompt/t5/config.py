@@ -1,4 +1,4 @@
-"""What a T5 is (`T5Config`, from a Hugging Face `config.json`) and how it is computed (`Compute`)."""
+"""What a T5 is (`T5Config`, from a `config.json`) and how it is computed (`Compute`)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -77,8 +77,8 @@ class T5Config:
             raise UserError(
                 f"{where}: model_type {model_type!r} is not a T5 ({', '.join(MODEL_TYPES)})"
             )
-        missing = [key for key in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-                   if raw.get(key) is None]  # fmt: skip
+        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        missing = [key for key in sizes if raw.get(key) is None]
         if missing:
             raise UserError(f"{where}: {missing[0]!r} is missing")
         feed_forward = raw.get("feed_forward_proj", "relu" if model_type == "t5" else "gated-gelu")
@@ -89,7 +89,7 @@ class T5Config:
             )
         if feed_forward == "gated-gelu":
             activation = "gelu_new"
-        # in transformers this key came to mean that decoder outputs are scaled, which mT5's never are;
+        # transformers means by this key now that decoder outputs are scaled, which mT5's never are;
         # whether an output layer is stored, only the weights tell: `t5.backbones.read_config`
         tied = raw.get("tie_word_embeddings", model_type != "mt5")
         eos_id = raw.get("eos_token_id", 1)

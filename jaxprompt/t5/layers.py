@@ -1,6 +1,6 @@
 """The parameter tree as data (`param_specs`) and T5's small layers as functions on it.
 
-Weights are loaded, sharded, initialised and checked against `param_specs`, which alone knows shapes.
+Weights are loaded, sharded, initialised and checked against `param_specs`: it alone knows shapes.
 """
 
 import dataclasses

@@ -78,10 +78,12 @@ def encode(
 
     Args:
       segments_BS: segment ids, 0 = padding; attention stays inside a segment.
-      prefix: trained keys and values of every layer, with `prompt_index_BG` to choose among them.
+      prefix: trained keys and values of every layer.
+      prompt_index_BG: which of the Q a segment uses; None = one segment a row, and the first.
       dropout_key: None = no dropout.
     """
     stack = params["encoder"]
+    index_BG = _first_prompt(segments_BS) if prompt_index_BG is None else prompt_index_BG
     mask_BSS = segment_mask(segments_BS, segments_BS)
     positions_S = jnp.arange(embeds_BSD.shape[1])
     bias_of = functools.partial(
@@ -106,7 +108,7 @@ def encode(
         mask = mask_BSS
         if prefix_QPHK is not None:
             key_, value, bias, mask = with_prefix(
-                prefix_QPHK, prompt_index_BG, key_, value, bias, mask, segments_BS
+                prefix_QPHK, index_BG, key_, value, bias, mask, segments_BS
             )
         context = attend(query, key_, value, bias, mask, dropout_rate, keys[0])
         attended = project_out(p["attention"]["out"]["kernel"], context)
@@ -144,6 +146,7 @@ def decode(
 ) -> Array:
     """Decoder with teacher forcing: embeddings [B, T, D] -> final hidden states [B, T, D]."""
     stack = params["decoder"]
+    index_BG = _first_prompt(segments_BT) if prompt_index_BG is None else prompt_index_BG
     self_mask_BTT = segment_mask(segments_BT, segments_BT, causal=True)
     cross_mask_BTS = segment_mask(segments_BT, encoder_segments_BS)
     positions_T = jnp.arange(embeds_BTD.shape[1])
@@ -166,11 +169,11 @@ def decode(
         bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared_bias is None else shared_bias
         self_over = (key_, value, bias, self_mask_BTT)
         if self_QPHK is not None:
-            self_over = with_prefix(self_QPHK, prompt_index_BG, *self_over, segments_BT)
+            self_over = with_prefix(self_QPHK, index_BG, *self_over, segments_BT)
         key_, value = cross_projections(p, encoded_BSD)
         cross_over = (key_, value, None, cross_mask_BTS)
         if cross_QPHK is not None:
-            cross_over = with_prefix(cross_QPHK, prompt_index_BG, *cross_over, segments_BT)
+            cross_over = with_prefix(cross_QPHK, index_BG, *cross_over, segments_BT)
         x_BTD = decoder_layer(p, config, x_BTD, query, self_over, cross_over, dropout_rate, keys)
         return x_BTD, None
 
@@ -311,7 +314,7 @@ def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout
     """Scans `layer` over stacked parameters, prefixes and dropout keys."""
     keys = None
     if dropout_rate and dropout_key is not None:
-        keys = jax.random.split(_fold(dropout_key, 0), count)
+        keys = jax.random.split(jax.random.fold_in(dropout_key, 0), count)
     prefixes = jax.tree.map(
         lambda leaf: (leaf.keys, leaf.values),
         prefixes,
@@ -343,3 +346,7 @@ def _layer_keys(key: Array | None, count: int) -> tuple:
 
 def _fold(key: Array | None, number: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, number)
+
+
+def _first_prompt(segments_BS: Array) -> Array:
+    return jnp.zeros((segments_BS.shape[0], 1), jnp.int32)

@@ -1,0 +1,71 @@
+"""The analytic minimum of a step against the matmuls of the traced programs, counted one by one."""
+
+import dataclasses
+import functools
+
+import jax
+import optax
+import pytest
+import tiny
+from jaxprs import matmul_flops
+
+from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
+from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
+from jaxprompt import steps, trees
+from jaxprompt.model import PromptedT5
+from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.layers import abstract_params
+from jaxprompt.t5.model import T5
+
+SHAPES = Shapes(rows=2, tokens=6, slots=3, targets=4)
+CONFIGS = {
+    "gated": tiny.CONFIG,
+    "plain": dataclasses.replace(tiny.CONFIG, gated=False, activation="relu"),
+    "tied": dataclasses.replace(tiny.CONFIG, tie_word_embeddings=True),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+ROOM = (SHAPES.rows, SHAPES.encoder, SHAPES.targets)
+
+
+@every_config
+def test_forward_terms_are_the_forward_matmuls(config: T5Config):
+    graphdef, _, frozen = trees.split(PromptedT5(T5(config, abstract_params(config))))
+    batch = random_batch(config, SHAPES)
+    program = jax.make_jaxpr(functools.partial(steps.logits, graphdef, {}))(frozen, batch)
+    assert matmul_flops(program) == forward_flops(config, *ROOM)
+
+
+@every_config
+def test_the_step_has_the_minimums_matmuls(config: T5Config):
+    """And the gradient of the decoder before it meets the prompt, which the compiler removes."""
+    step = make_step(config, Compute(), random_batch(config, SHAPES), optimizer=optax.sgd(0.1))
+    program = jax.make_jaxpr(step.run)(step.state, step.frozen, step.batch)
+    layers = config.num_decoder_layers
+    before_the_prompt = sum(
+        term.backward // (layers - 1)
+        for term in step_terms(config, *ROOM)
+        if term.name.startswith("decoder self") or term.name == "cross-attention query"
+    )
+    before_the_prompt += (
+        2 * SHAPES.rows * SHAPES.targets * SHAPES.encoder * config.num_heads * config.d_kv
+    )
+    assert matmul_flops(program) == minimal_step_flops(config, *ROOM) + before_the_prompt
+
+
+def test_the_compiled_step_is_near_the_minimum():
+    """Sizes large enough that norms and softmax count for little; compiled, not run."""
+    config = dataclasses.replace(
+        tiny.CONFIG, d_model=256, d_kv=32, d_ff=512, vocab_size=1000, num_layers=2
+    )
+    shapes = Shapes(rows=2, tokens=48, slots=16, targets=4)
+    step = make_step(config, Compute(), random_batch(config, shapes))
+    compiled = jax.jit(step.run).lower(step.state, step.frozen, step.batch).compile()
+    minimum = minimal_step_flops(config, shapes.rows, shapes.encoder, shapes.targets)
+    assert 1 <= compiled.cost_analysis()["flops"] / minimum < 1.05
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_are_t5_1_1(size: str):
+    config = size_config(size)
+    millions = {"small": 77, "base": 248, "large": 783, "xl": 2850, "xxl": 11135}
+    assert round(trees.count(abstract_params(config)) / 1e6) == millions[size]
