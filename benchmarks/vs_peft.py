@@ -107,7 +107,7 @@ def own_stepper(
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """Every timed step of one side, in seconds: on the clock, and of processor time (all threads)."""
+    """Every timed step of one side, in seconds: on the clock, and of all threads together."""
 
     wall: list[float] = dataclasses.field(default_factory=list)
     processor: list[float] = dataclasses.field(default_factory=list)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -31,6 +32,11 @@ _STATE = "state"
 _MANIFEST = "manifest.json"
 _SHOWN = 3  # names listed in one message
 _LONGEST = 80  # characters of a value in one message
+
+# Its threads also log, with a traceback, the exception that a failed save raises.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "/orbax/" in record.pathname)
+)
 
 
 class _DamagedError(Exception):

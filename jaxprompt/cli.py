@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.room is None:
         parser.print_help()
         return 0
+    if argv is None and not args.debug:  # the process is ours
+        sys.unraisablehook = _show_unraisable
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -320,6 +322,12 @@ def _end_output() -> None:
 def _show_warning(message: Warning | str, *place: object) -> None:
     """A warning as one line, without the place in our code that `warnings` would show."""
     _say(f"warning: {' '.join(str(message).split())}")
+
+
+def _show_unraisable(unraisable: Any) -> None:
+    """As Python does, but for what Orbax's threads stumble over after a save failed: that is said."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _say(text: str) -> None:

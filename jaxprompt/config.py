@@ -107,7 +107,7 @@ class RunConfig:
     Attributes:
       output_dir: the run's directory; resumed from if it holds this run.
       task: a name that `jaxprompt tasks` lists, or a mapping (`preset: NAME` starts from a listed
-        one, the keys beside it replace its own).
+        one, the keys beside it replace its own, those of `source` one by one).
       seed: of everything random.
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
@@ -236,7 +236,7 @@ def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Puts what the recipe fixes beside the optimizer where the config leaves it open."""
     sections = {name: schema.plain(mapping.get(name)) for name in ("optim", "train", "task")}
     optim, train, task = (value if isinstance(value, dict) else {} for value in sections.values())
-    recipe = RECIPES.get(schema.plain(optim.get("recipe", OptimConfig.recipe)))
+    recipe = RECIPES.get(str(schema.plain(optim.get("recipe", OptimConfig.recipe))))
     if recipe is None:
         return dict(mapping)
     has_labels = bool(task.get("candidates") or task.get("labels"))
@@ -253,7 +253,7 @@ def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
     }
     completed = dict(mapping)
     for section, values in fixed.items():
-        own = mapping.get(section, {})
-        if isinstance(own, Mapping):  # else: the wrong type, which is said when it is read
-            completed[section] = {**values, **own}
+        own = schema.plain(mapping.get(section))
+        if own is None or isinstance(own, Mapping):  # else: a wrong type, said when it is read
+            completed[section] = {**values, **(own or {})}
     return completed

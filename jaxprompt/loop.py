@@ -172,9 +172,12 @@ class Loop:
         Returns: the final state; `progress.finished` is False after a SIGTERM.
         Raises: UserError if the loss stops being finite, or a checkpoint cannot be saved.
         """
-        if progress.finished:
-            return state
         start = int(jax.device_get(state.step))
+        if progress.finished:
+            self.logger.note(
+                f"the run ended at step {start:,} already; train.steps makes it longer"
+            )
+            return state
         with _sigterm_flag() as terminated, jax.transfer_guard("disallow"):
             return self._steps(state, start, progress, terminated)
 

@@ -54,6 +54,8 @@ def pretrain(config: PretrainConfig) -> Path:
     graphdef, trained, frozen = split(model, ...)
 
     # ---- optimizer and step ------------------------------------------------------------------
+    if not config.mixture.entries:
+        raise UserError("mixture.entries is empty; name what to train on")
     if config.train.epochs:
         raise UserError("train.epochs has no meaning for a mixture; set train.steps instead")
     config.train.check_batch_size("mixture.batch_size", config.mixture.batch_size)
@@ -109,14 +111,16 @@ def pretrain(config: PretrainConfig) -> Path:
         state, progress, resumed = restore(
             checkpoints, identity, state, batches, config.train, total_steps
         )
-        write_file(make_directory(directory) / "config.yaml", dump(config))
         with RunLogger(
             directory, total_steps=total_steps, resumed_step=resumed,
             config=dataclasses.asdict(config), active=jax.process_index() == 0,
             **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
+            write_file(make_directory(directory) / "config.yaml", dump(config))
+            start = "starting" if resumed is None else f"resuming at step {resumed:,}"
             logger.note(
-                f"{count(trained):,} parameters, {total_steps:,} steps, output in {directory}"
+                f"{start}: {count(trained):,} parameters, {total_steps:,} steps, output in "
+                f"{directory}"
             )
             loop = Loop(
                 step=step, frozen=frozen, batches=batches, put=functools.partial(shard_batch, mesh),

@@ -23,7 +23,7 @@ from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.config import RunConfig, dump, load_config
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.pipeline import TaskEncoder, TrainBatches
-from jaxprompt.data.sources import has_split
+from jaxprompt.data.sources import Source, has_split
 from jaxprompt.data.tasks import Task
 from jaxprompt.evaluate import Evaluator
 from jaxprompt.files import make_directory, write_file
@@ -105,7 +105,8 @@ def train(config: RunConfig) -> TrainResult:
     layout = Layout.parse(config.layout, 0 if tuning_model else config.method.length)
     encoder = _encoder(config, task, layout, backbone)
     total_steps = _total_steps(config, len(source))
-    _check(config, task)
+    validation = task.open("validation")
+    _check(config, encoder, [source, validation])
 
     # ---- what is trained ---------------------------------------------------------------------
     bare_graphdef, _, bare_frozen = split(PromptedT5(backbone.module()))
@@ -135,7 +136,6 @@ def train(config: RunConfig) -> TrainResult:
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     evaluator = Evaluator(graphdef, encoder, mesh=mesh, input_buckets=batches.input_buckets)
-    validation = task.open("validation")
     score_name = config.train.metric or task.metrics[0]
     cuts: dict[str, Mapping[str, int]] = {}
 
@@ -172,16 +172,13 @@ def train(config: RunConfig) -> TrainResult:
         state, progress, resumed = restore(
             checkpoints, identity, state, batches, config.train, total_steps
         )
-        write_file(make_directory(directory) / "config.yaml", dump(config))
         with RunLogger(
             directory, total_steps=total_steps, resumed_step=resumed, score=f"eval/{score_name}",
             config=dataclasses.asdict(config), active=jax.process_index() == 0,
             **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
-            if progress.finished:
-                logger.note(f"finished at step {resumed:,} already; raise train.steps to go on")
-            else:
-                logger.note(_opening(config, backbone, trained, len(source), total_steps, resumed))
+            write_file(make_directory(directory) / "config.yaml", dump(config))
+            logger.note(_opening(config, backbone, trained, len(source), total_steps, resumed))
             if not progress.baselines:
                 bare_encoder = _encoder(config, task, Layout.parse(config.layout, 0), backbone)
                 bare = Evaluator(bare_graphdef, bare_encoder, mesh=mesh).run(
@@ -282,14 +279,16 @@ def _total_steps(config: RunConfig, rows: int) -> int:
     return config.train.steps or resolve(config.optim).steps
 
 
-def _check(config: RunConfig, task: Task) -> None:
-    """What only fits together or not once the task is known."""
+def _check(config: RunConfig, encoder: TaskEncoder, sources: Sequence[Source]) -> None:
+    """Finds before a run what would stop it: options at odds, a first row that cannot be laid."""
+    task = encoder.task
     if config.train.metric and config.train.metric not in task.metrics:
         raise UserError(
             f"train.metric is {config.train.metric!r}, task {config.task.name} has "
             f"{', '.join(task.metrics)}"
         )
     config.train.check_batch_size("data.batch_size", config.data.batch_size)
+    encoder.lay([task.example(source[0], source.where(0)) for source in sources])
 
 
 def _mean(metrics: Mapping[str, float], names: Sequence[str]) -> float:

@@ -14,6 +14,7 @@ from jaxprompt.config import (
     load_config,
 )
 from jaxprompt.data.tasks import load_task
+from jaxprompt.optim import RECIPES
 from jaxprompt.typing import UserError
 
 MINIMAL = "output_dir: runs/x\ntask: sst2\n"
@@ -76,9 +77,8 @@ def test_a_preset_with_keys_of_its_own(tmp_path):
     text = "output_dir: x\ntask:\n  preset: sst2\n  source: {train: a.tsv, validation: b.tsv}\n"
     preset = load_task("sst2").config
     task = load_config(write(tmp_path, text)).task
-    assert (task.source.train, task.source.validation) == ("a.tsv", "b.tsv")
-    assert task.source.name == "" != preset.source.name
-    assert dataclasses.replace(task, source=preset.source) == preset
+    source = dataclasses.replace(preset.source, train="a.tsv", validation="b.tsv")
+    assert task == dataclasses.replace(preset, source=source)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,24 @@ def test_overrides_reach_every_room(tmp_path):
     assert (config.mesh.model, config.logging.sinks) == (2, ("tensorboard",))
 
 
+def test_a_recipe_fixes_what_the_config_leaves_open(tmp_path):
+    path = write(tmp_path, MINIMAL + "data: {eval_batch_size: 8}\ntrain:\nmethod: {length: 7}\n")
+    recipe = RECIPES["google-oss"]
+    config = load_config(path, ["optim.recipe=google-oss", "backbone={dtype: bfloat16}"])
+    assert (config.data.batch_size, config.data.eval_batch_size) == (recipe.batch_size, 8)
+    assert (config.train.steps, config.train.z_loss) == (recipe.steps, recipe.z_loss)
+    assert (config.backbone.dropout, config.backbone.dtype) == (recipe.dropout, "bfloat16")
+    assert (config.method.length, config.method.init) == (7, "labels")
+    assert load_config(path, ["train.epochs=2"]).train.steps == 0
+    assert load_config(path, ["train.steps=5", "backbone.dropout=0.2"]).backbone.dropout == 0.2
+
+
+def test_without_labels_a_prompt_does_not_start_from_them(tmp_path):
+    config = load_config(write(tmp_path, "output_dir: x\ntask: {source: {train: a.jsonl}}\n"))
+    assert RECIPES["paper"].init == "labels"
+    assert config.method.init == "vocab"
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
@@ -160,6 +178,8 @@ def test_overrides_reach_every_room(tmp_path):
         ("output_dir: x\ntask:\n  preset: stt2", [], "there is no task 'stt2'; did you mean sst2?"),
         (MINIMAL, ["task=zzzz"], "override 'task=zzzz': there is no task 'zzzz'; there are"),
         (MINIMAL, ["task.sourc.train=x"], "unknown key 'task.sourc'; did you mean 'task.source'?"),
+        (MINIMAL + "optim: {recipe: [a]}", [], "'optim.recipe' must be text, got a list of 1"),
+        (MINIMAL, ["data=3"], "override 'data=3': 'data' must be a mapping (key: value), got 3"),
         (MINIMAL, ["steps"], "override 'steps' is not of the form key.sub=value"),
     ],
 )

@@ -253,6 +253,7 @@ def test_early_stopping(run):
     ]
     again = made.start()
     assert again.told == [] and again.resumed == 10 and again.progress.finished
+    assert again.logger.notes == ["the run ended at step 10 already; train.steps makes it longer"]
     longer = run(20, eval_every=2, early_stopping=4)
     longer.scores = lambda number: 0.0
     assert longer.start().evaluated == [12]

@@ -21,7 +21,8 @@ TOOLS = str(Path(__file__).parents[1] / "tools" / "mini")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+    root = tmp_path_factory.mktemp("world")
+    return make_world(root, root)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def package(evaluate: ModuleType) -> ModuleType:
 
 
 def arguments(world: World, out: Path, **changes: object) -> list[str]:
-    given = {"backbone": world.backbone, "tasks": "tiny", "steps": 2, "runs": out, **changes}
+    given = {"backbone": world.root / "backbone", "tasks": "tiny", "steps": 2, "runs": out, **changes}
     given.setdefault("out", out / "report.json")
     words = (word for name, value in given.items() for word in (f"--{name}", value))
     return [*map(str, words)]
@@ -88,23 +89,23 @@ def test_the_report_tells_mean_and_spread_of_either_tuning(
     words = capsys.readouterr().out.split()
     assert words[-12:] == "66.0 51.0 81.0 ± 1.0 (3 seeds) 91.0 ± 1.0 (3 seeds)".split()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["backbone"]["fingerprint"] == fingerprint(world.backbone)
+    assert report["backbone"]["fingerprint"] == fingerprint(world.root / "backbone")
     assert {(r["tune"], r["seconds"]) for r in report["runs"]} == {("prompt", 1.0), ("model", 1.0)}
 
 
 def test_a_run_is_evaluated_only_after_its_last_step(evaluate, world, tmp_path):
-    config = evaluate.configure("tiny", "prompt", 0, world.backbone, None, 7, tmp_path)
+    config = evaluate.configure("tiny", "prompt", 0, world.root / "backbone", None, 7, tmp_path)
     assert config.train.steps == 7 and config.train.eval_every == 0
-    assert evaluate.configure("tiny", "model", 0, world.backbone, None, 0, tmp_path).tune == "model"
+    assert evaluate.configure("tiny", "model", 0, world.root / "backbone", None, 0, tmp_path).tune == "model"
 
 
 def test_whatever_decides_a_result_is_in_the_name_of_its_directory(evaluate, world, tmp_path):
     other = write_backbone(tmp_path / "other", seed=1)
     settings = [
-        ("prompt", 0, world.backbone, 7),
-        ("model", 0, world.backbone, 7),
-        ("prompt", 1, world.backbone, 7),
-        ("prompt", 0, world.backbone, 8),
+        ("prompt", 0, world.root / "backbone", 7),
+        ("model", 0, world.root / "backbone", 7),
+        ("prompt", 1, world.root / "backbone", 7),
+        ("prompt", 0, world.root / "backbone", 8),
         ("prompt", 0, other, 7),
     ]
     places = [
@@ -128,11 +129,11 @@ def test_the_real_tasks_are_configs_that_ship(evaluate, world, tmp_path, monkeyp
     monkeypatch.undo()
     for task, measure in evaluate.MEASURES.items():
         for tune in ("prompt", "model"):
-            config = evaluate.configure(task, tune, 0, world.backbone, tmp_path, 0, tmp_path)
+            config = evaluate.configure(task, tune, 0, world.root / "backbone", tmp_path, 0, tmp_path)
             assert config.task.name in (task, measure.folder) or measure.folder
             assert (config.tune, config.method.length) == (tune, 20)
     with pytest.raises(UserError, match="needs --data"):
-        evaluate.configure("sst2", "prompt", 0, world.backbone, None, 0, tmp_path)
+        evaluate.configure("sst2", "prompt", 0, world.root / "backbone", None, 0, tmp_path)
 
 
 # ---------------------------------------------------------------- packaging
@@ -145,7 +146,7 @@ def records(evaluate: ModuleType, world: World, tmp_path: Path, monkeypatch) -> 
     run(evaluate, arguments(world, tmp_path / "runs"), monkeypatch)
     place = tmp_path / "mini"
     place.mkdir()
-    (place / "backbone").symlink_to(world.backbone)
+    (place / "backbone").symlink_to(world.root / "backbone")
     entries = (
         MixtureEntry("supervised", ("a.jsonl",), 0.75),
         MixtureEntry("span_corruption", ("b.jsonl",), 0.25),
@@ -203,7 +204,7 @@ def test_the_package_holds_a_backbone_and_a_card_of_what_was_recorded(
     package, records, no_torch, tmp_path, world, monkeypatch
 ):
     run(package, records, monkeypatch)
-    assert fingerprint(tmp_path / "assets") == fingerprint(world.backbone)
+    assert fingerprint(tmp_path / "assets") == fingerprint(world.root / "backbone")
     text = (tmp_path / "assets" / "README.md").read_text()
     for fact in (
         "| steps | 200 of 400 planned |",  # the last evaluation's, when the weights were written
@@ -219,7 +220,7 @@ def test_the_package_holds_a_backbone_and_a_card_of_what_was_recorded(
         "| imdb: also in the test split | 383 |",
         "81.0 ± 1.0 (3 seeds)",
         "reaches 79.5 % there",
-        fingerprint(world.backbone),
+        fingerprint(world.root / "backbone"),
     ):
         assert fact in text, fact
     prose = [line for line in text.splitlines() if not line.startswith("|")]
@@ -264,7 +265,7 @@ def test_a_missing_record_is_named(
 
 def test_torch_computes_the_same_and_a_difference_is_refused(package, world, monkeypatch):
     pytest.importorskip("torch")
-    backbone = package.load_backbone(str(world.backbone))
+    backbone = package.load_backbone(str(world.root / "backbone"))
     assert package.torch_difference(backbone) < 1e-5
     monkeypatch.setattr(package, "MAX_DIFFERENCE", 0.0)
     with pytest.raises(UserError, match="differ from torch's"):

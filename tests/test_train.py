@@ -216,7 +216,9 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(
     result = train(world.load(done.directory))
     after = {k: v for k, v in snapshot(done.directory).items() if not k.startswith("plots/")}
     assert (seen.steps, seen.traces) == (0, 0) and after == before
-    assert "finished at step 20 already; raise train.steps to go on" in capsys.readouterr().err
+    assert (
+        "the run ended at step 20 already; train.steps makes it longer" in capsys.readouterr().err
+    )
     same = {"examples_per_second"}
     assert {k: v for k, v in vars(result).items() if k not in same} == {
         k: v for k, v in vars(done.result).items() if k not in same
