@@ -175,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     shapes = Shapes(args.rows, args.tokens, args.slots, args.targets)
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(f"{machine()} · torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(
         f"{shapes.rows} rows x ({shapes.slots} slots + {shapes.tokens} tokens), {shapes.targets} "

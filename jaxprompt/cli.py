@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known, so that help answers at onc
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -34,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.room is None:
         parser.print_help()
         return 0
-    if argv is None and not args.debug:  # the process is ours
+    if argv is None and not args.debug:  # the process is ours, and says things its own way
         sys.unraisablehook = _show_unraisable
+        logging.getLogger().addHandler(logging.NullHandler())
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -325,7 +327,7 @@ def _show_warning(message: Warning | str, *place: object) -> None:
 
 
 def _show_unraisable(unraisable: Any) -> None:
-    """As Python does, but for what Orbax's threads stumble over after a save failed: that is said."""
+    """As Python does it, but for what Orbax's threads stumble over after a save has failed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

@@ -112,11 +112,11 @@ def pretrain(config: PretrainConfig) -> Path:
             checkpoints, identity, state, batches, config.train, total_steps
         )
         with RunLogger(
-            directory, total_steps=total_steps, resumed_step=resumed,
+            make_directory(directory), total_steps=total_steps, resumed_step=resumed,
             config=dataclasses.asdict(config), active=jax.process_index() == 0,
             **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
-            write_file(make_directory(directory) / "config.yaml", dump(config))
+            write_file(directory / "config.yaml", dump(config))
             start = "starting" if resumed is None else f"resuming at step {resumed:,}"
             logger.note(
                 f"{start}: {count(trained):,} parameters, {total_steps:,} steps, output in "

@@ -173,11 +173,12 @@ def train(config: RunConfig) -> TrainResult:
             checkpoints, identity, state, batches, config.train, total_steps
         )
         with RunLogger(
-            directory, total_steps=total_steps, resumed_step=resumed, score=f"eval/{score_name}",
-            config=dataclasses.asdict(config), active=jax.process_index() == 0,
+            make_directory(directory), total_steps=total_steps, resumed_step=resumed,
+            score=f"eval/{score_name}", config=dataclasses.asdict(config),
+            active=jax.process_index() == 0,
             **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
-            write_file(make_directory(directory) / "config.yaml", dump(config))
+            write_file(directory / "config.yaml", dump(config))
             logger.note(_opening(config, backbone, trained, len(source), total_steps, resumed))
             if not progress.baselines:
                 bare_encoder = _encoder(config, task, Layout.parse(config.layout, 0), backbone)

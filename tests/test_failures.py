@@ -25,13 +25,14 @@ from run_fixtures import (
 )
 
 from jaxprompt import cli
+from jaxprompt.artifact import load_artifact
 
 __all__ = ["compiled"]  # a fixture
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory, its config seen from inside, with a run of 4 steps in `run`, and other things."""
+    """A directory, its config seen from inside, with a run of 4 steps in `run`, and more."""
     root = tmp_path_factory.mktemp("finished")
     make_world(root, Path())
     write_backbone(root / "narrow", d_model=12)
@@ -311,13 +312,13 @@ def test_it_fails_well(here: Path, name: str, capsys: pytest.CaptureFixture):
     printed = capsys.readouterr()
     assert (code, printed.out) == (2, "")
     assert_one_sentence(printed.err, case.said)
-    after = snapshot(here)
     assert leftovers(here) == []
     if not case.starts:
-        assert after == before
-    else:  # the config of the longer run is written as a whole, and nothing else is touched
-        assert {**before, "run/config.yaml": ""}.items() <= {**after, "run/config.yaml": ""}.items()
-        assert yaml.safe_load(Path("run/config.yaml").read_text(encoding="utf-8"))["seed"] == 3
+        assert snapshot(here) == before
+        return
+    outside = {path: digest for path, digest in before.items() if not path.startswith("run/")}
+    assert outside.items() <= snapshot(here).items()
+    assert_run_is_whole(Path("run"))
 
 
 def test_the_same_commands_work_when_nothing_is_spoilt(here: Path, capsys: pytest.CaptureFixture):
@@ -346,6 +347,15 @@ def assert_one_sentence(stderr: str, said: str) -> None:
     for part in said.split(" ... "):
         assert part in sentence[at:], f"{part!r} is not in {sentence[at:]!r}"
         at = sentence.index(part, at) + len(part)
+
+
+def assert_run_is_whole(run: Path) -> None:
+    """It can be gone on from, and its prompts can be used."""
+    assert saved_state(run)[0] >= 4
+    for name in ("best", "prompt"):
+        assert load_artifact(run / name).values["prompt"].shape == (4, 16)
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["seed"] == 3
+    assert len(losses(run)) >= 4
 
 
 def leftovers(root: Path) -> list[str]:
@@ -416,39 +426,43 @@ def longer(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def assert_goes_on_after(
-    argv: list[str], run: Path, longer: Path, failed: str, make_room: Callable[[], object]
-) -> None:
-    """What a failed save left can be gone on from, to the same end."""
-    assert leftovers(run) == []
-    step, _, _ = saved_state(run)
-    assert f"last good one is step {step}" in failed or step >= 4
-    make_room()
-    assert cli.main(argv) == 0
-    assert_same_end(run, longer)
+def run_more(argv: list[str], own_process: bool, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """Exit code and standard error."""
+    if not own_process:
+        return cli.main(argv), capsys.readouterr().err
+    process = spawn(*argv)
+    _, stderr = process.communicate(timeout=300)
+    return process.returncode, stderr
 
 
-@pytest.mark.parametrize("free", [0, 12, 40, 90])
-def test_a_full_disk(here: Path, longer: Path, free: int, capsys: pytest.CaptureFixture):
-    """With so many kilobytes left: for nothing, the config, an artifact, a checkpoint or two."""
+@pytest.mark.parametrize(("free", "own_process"), [(0, False), (12, True), (40, False)])
+def test_a_full_disk(
+    here: Path, longer: Path, free: int, own_process: bool, capsys: pytest.CaptureFixture
+):
+    """With so many kilobytes left: too few for the config, for the arrays, for the manifest."""
     with mounted(here / "disk", "size=600k") as disk:
         run, filler = disk / "run", disk / "filler"
         shutil.copytree("run", run)
         room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         filler.write_bytes(b"\0" * (room - free * 1024))
-        before = snapshot(run)
+        before = snapshot(run / "checkpoints")
         argv = [*MORE.split(" "), f"output_dir={run}"]
-        code = cli.main(argv)
-        said = capsys.readouterr().err
-        assert code == 2
-        assert_one_sentence(said, f"cannot write {run} ... No space left on device ... free some")
-        kept = [path for path in before if not path.startswith(("run/config", "metrics", "plots"))]
-        assert kept and free
-        assert_goes_on_after(argv, run, longer, said, filler.unlink)
+        code, said = run_more(argv, own_process, capsys)
+        assert code == 2, said
+        assert_one_sentence(said, f"cannot write {run} ... No space left on device; free some")
+        assert "the checkpoint of step 5 was not saved (the last good one is step 4)" in said or (
+            free == 0 and "config.yaml" in said
+        )
+        assert snapshot(run / "checkpoints") == before and leftovers(run) == []
+        assert_run_is_whole(run)
+        filler.unlink()
+        assert cli.main(argv) == 0
+        assert_same_end(run, longer)
 
 
 def test_a_limit_on_the_size_of_files(here: Path, longer: Path, capsys: pytest.CaptureFixture):
     argv, (soft, hard) = MORE.split(" "), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = snapshot(here / "run")
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
         code = cli.main(argv)
@@ -457,7 +471,12 @@ def test_a_limit_on_the_size_of_files(here: Path, longer: Path, capsys: pytest.C
     said = capsys.readouterr().err
     assert code == 2
     assert_one_sentence(said, "cannot write ... File too large; raise the limit on file sizes")
-    assert_goes_on_after(argv, Path("run"), longer, said, lambda: None)
+    assert leftovers(here) == []
+    kept = {path: digest for path, digest in before.items() if path.startswith("checkpoints")}
+    assert kept.items() <= snapshot(here / "run").items()
+    assert_run_is_whole(here / "run")
+    assert cli.main(argv) == 0
+    assert_same_end(here / "run", longer)
 
 
 def test_an_output_that_may_not_be_written(here: Path, capsys: pytest.CaptureFixture):

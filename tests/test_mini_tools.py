@@ -43,7 +43,13 @@ def package(evaluate: ModuleType) -> ModuleType:
 
 
 def arguments(world: World, out: Path, **changes: object) -> list[str]:
-    given = {"backbone": world.root / "backbone", "tasks": "tiny", "steps": 2, "runs": out, **changes}
+    given = {
+        "backbone": world.root / "backbone",
+        "tasks": "tiny",
+        "steps": 2,
+        "runs": out,
+        **changes,
+    }
     given.setdefault("out", out / "report.json")
     words = (word for name, value in given.items() for word in (f"--{name}", value))
     return [*map(str, words)]
@@ -96,7 +102,10 @@ def test_the_report_tells_mean_and_spread_of_either_tuning(
 def test_a_run_is_evaluated_only_after_its_last_step(evaluate, world, tmp_path):
     config = evaluate.configure("tiny", "prompt", 0, world.root / "backbone", None, 7, tmp_path)
     assert config.train.steps == 7 and config.train.eval_every == 0
-    assert evaluate.configure("tiny", "model", 0, world.root / "backbone", None, 0, tmp_path).tune == "model"
+    assert (
+        evaluate.configure("tiny", "model", 0, world.root / "backbone", None, 0, tmp_path).tune
+        == "model"
+    )
 
 
 def test_whatever_decides_a_result_is_in_the_name_of_its_directory(evaluate, world, tmp_path):
@@ -129,7 +138,9 @@ def test_the_real_tasks_are_configs_that_ship(evaluate, world, tmp_path, monkeyp
     monkeypatch.undo()
     for task, measure in evaluate.MEASURES.items():
         for tune in ("prompt", "model"):
-            config = evaluate.configure(task, tune, 0, world.root / "backbone", tmp_path, 0, tmp_path)
+            config = evaluate.configure(
+                task, tune, 0, world.root / "backbone", tmp_path, 0, tmp_path
+            )
             assert config.task.name in (task, measure.folder) or measure.folder
             assert (config.tune, config.method.length) == (tune, 20)
     with pytest.raises(UserError, match="needs --data"):
