@@ -9,6 +9,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.serialization
@@ -598,10 +599,10 @@ class _Hub:
         monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
 
-    def list_repo_files(self, name: str, revision: str | None) -> list[str]:
+    def model_info(self, name: str, revision: str | None) -> SimpleNamespace:
         if self.files is None:
             raise OSError("Name or service not known\nmore about it")
-        return self.files
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in self.files])
 
     def snapshot_download(self, name: str, **options: Any) -> str:
         self.asked.append(options)

@@ -118,7 +118,8 @@ def _download(name: str, revision: str | None) -> Path:
 
     # the hub's client raises differently by version and by what is wrong with the network
     try:
-        wanted = _wanted_files(HfApi().list_repo_files(name, revision=revision))
+        listed = HfApi().model_info(name, revision=revision).siblings or ()
+        wanted = _wanted_files(file.rfilename for file in listed)
         if wanted is not None:
             return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         reason = "it holds no weights in a format that can be read"
