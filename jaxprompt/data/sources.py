@@ -233,7 +233,7 @@ def _tfds(config: SourceConfig, split: str) -> Source:
 
 def _hf(config: SourceConfig, split: str) -> Source:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "source.kind hf needs the package datasets; install it with: pip install jaxprompt[hf]"
