@@ -53,6 +53,7 @@ class PromptArtifact:
       task: the whole task: templates, labels, candidates, metrics; empty if not known.
       backbone: the backbone it was trained with.
       values: the method's parameters by name, on the host; float.
+      lengths: `max_input_length` and `max_target_length` of its training, in tokens.
       training: provenance: recipe, steps, seed, metrics, version. Not needed to predict.
       path: where it was read from; not stored.
     """
@@ -62,6 +63,7 @@ class PromptArtifact:
     task: Mapping[str, Any]
     backbone: BackboneIdentity
     values: Mapping[str, np.ndarray]
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     path: str = dataclasses.field(default="", compare=False)
 
@@ -95,6 +97,7 @@ def save_artifact(directory: files.PathLike, artifact: PromptArtifact) -> Path:
         "layout": artifact.layout,
         "task": dict(artifact.task),
         "backbone": dataclasses.asdict(artifact.backbone),
+        "lengths": dict(artifact.lengths),
         "training": dict(artifact.training),
         "values": {
             name: {"dtype": value.dtype.name, "shape": list(value.shape)}
@@ -158,7 +161,7 @@ def check_backbone(
         raise UserError(
             f"{prompt} was trained with backbone {trained.name} (fingerprint "
             f"{trained.fingerprint[:12]}), this is {name} (fingerprint {fingerprint[:12]}): use "
-            "the backbone it was trained with, or allow another one explicitly"
+            "the backbone it was trained with, or allow another one with --allow-other-backbone"
         )
 
 
@@ -204,6 +207,7 @@ def _load_directory(directory: Path, shown: str) -> PromptArtifact:
         task=config["task"],
         backbone=_backbone(config["backbone"], config_path),
         values=values,
+        lengths=config["lengths"],
         training=config["training"],
         path=shown,
     )
@@ -214,6 +218,7 @@ _KINDS: dict[str, type] = {
     "layout": str,
     "task": dict,
     "backbone": dict,
+    "lengths": dict,
     "training": dict,
     "values": dict,
     "weights_sha256": str,

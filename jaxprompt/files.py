@@ -7,6 +7,7 @@ place under a temporary name, flushed, and renamed into it. Failures become one-
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import itertools
 import os
@@ -34,6 +35,7 @@ _ADVICE = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot flush a directory
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # some network drives
 _counter = itertools.count()
 _ours: set[str] = set()
 
@@ -73,6 +75,38 @@ def make_directory(path: PathLike) -> Path:
     with writing(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+@contextlib.contextmanager
+def held(directory: PathLike, active: bool = True) -> Iterator[None]:
+    """Keeps a directory, created if missing, for this process while the block runs.
+
+    The system lets go of it when the process ends, however it ends. File systems that know no
+    locks are taken as they are.
+
+    Args:
+      directory: where this process is about to write.
+      active: whether to; one of several processes that write there together does it for all.
+    Raises: UserError if another process holds it.
+    """
+    if not active:
+        yield
+        return
+    with writing(make_directory(directory)):
+        descriptor = os.open(directory, os.O_RDONLY)
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is writing to {directory}: wait for its end, or choose another "
+                "output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise write_error(directory, error) from error
+        yield
 
 
 @contextlib.contextmanager

@@ -232,7 +232,7 @@ def encoder_of(
     Lengths are those given, else those the prompt was trained with, else the defaults.
     """
     default = DataConfig()
-    trained = {} if prompt is None else prompt.training.get("data", {})
+    trained = {} if prompt is None else prompt.lengths
     config = DataConfig(
         eval_batch_size=batch_size,
         max_input_length=max_input_length

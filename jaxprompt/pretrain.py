@@ -19,7 +19,7 @@ from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.config import PretrainConfig, dump, load_config
 from jaxprompt.data.pretraining import MixtureBatches, MixtureConfig, MixtureEntry
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxprompt.files import make_directory, write_file
+from jaxprompt.files import held, make_directory, write_file
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
 from jaxprompt.model import PromptedT5
@@ -107,7 +107,11 @@ def pretrain(config: PretrainConfig) -> Path:
         "seed": config.seed,
     }
     folder = directory / "checkpoints"
-    with closing(batches), Checkpoints(folder, config.train.keep) as checkpoints:
+    with (
+        held(directory, active=jax.process_index() == 0),
+        closing(batches),
+        Checkpoints(folder, config.train.keep) as checkpoints,
+    ):
         state, progress, resumed = restore(
             checkpoints, identity, state, batches, config.train, total_steps
         )

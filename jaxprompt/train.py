@@ -26,7 +26,7 @@ from jaxprompt.data.pipeline import TaskEncoder, TrainBatches
 from jaxprompt.data.sources import Source, has_split
 from jaxprompt.data.tasks import Task
 from jaxprompt.evaluate import Evaluator
-from jaxprompt.files import make_directory, write_file
+from jaxprompt.files import held, make_directory, write_file
 from jaxprompt.logging import METRICS_FILE, RunLogger, table
 from jaxprompt.loop import Loop, restore
 from jaxprompt.model import PromptedT5
@@ -149,10 +149,6 @@ def train(config: RunConfig) -> TrainResult:
         provenance = {
             "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
             "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
-            "data": {
-                "max_input_length": config.data.max_input_length,
-                "max_target_length": config.data.max_target_length,
-            },
         }  # fmt: skip
         save_artifact(place, artifact_of(config, backbone, trained["method"], provenance))
 
@@ -168,7 +164,11 @@ def train(config: RunConfig) -> TrainResult:
 
     # ---- run ---------------------------------------------------------------------------------
     identity = run_identity(config, backbone)
-    with closing(batches), Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints:
+    with (
+        held(directory, active=jax.process_index() == 0),
+        closing(batches),
+        Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints,
+    ):
         state, progress, resumed = restore(
             checkpoints, identity, state, batches, config.train, total_steps
         )
@@ -250,6 +250,10 @@ def artifact_of(
         task=to_mapping(config.task),
         backbone=identity_of(backbone),
         values={name: np.asarray(value) for name, value in jax.device_get(values).items()},
+        lengths={
+            "max_input_length": config.data.max_input_length,
+            "max_target_length": config.data.max_target_length,
+        },
         training=provenance,
     )
 
@@ -343,7 +347,6 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
         "",
         f"{result.examples_per_second:.0f} examples/s in training; {what}: "
         f"{result.prompt_bytes:,} bytes, backbone: {result.backbone_bytes:,} bytes",
-        f"picture: {result.output_dir / 'plots' / 'run.png'}",
     ]
     if config.tune == "prompt":
         kept = [word for word in words if not word.startswith(("train.steps=", "train.epochs="))]

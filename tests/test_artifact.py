@@ -35,6 +35,7 @@ def make(seed=0, **changes):
         task={"name": "sst2", "input": "{text}", "candidates": ["négatif", "positive"]},
         backbone=SMALL,
         values={"prompt": values},
+        lengths={"max_input_length": 20, "max_target_length": 4},
         training={"recipe": "paper", "steps": 10, "metrics": {"accuracy": 0.1 + 0.2}},
     )
     return dataclasses.replace(prompt, **changes)
@@ -110,6 +111,7 @@ def test_the_bytes_of_the_format_do_not_drift(tmp_path):
         "layout": "{prompt}{input}",
         "task": {},
         "backbone": {"name": "b", "fingerprint": "f", "d_model": 2, "vocab_size": 8},
+        "lengths": {},
         "training": {},
         "values": {"prompt": {"dtype": "float32", "shape": [1, 2]}},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -345,7 +347,7 @@ def test_another_backbone(allow_other):
     assert str(caught.value) == (
         "prompt runs/sst2/prompt was trained with backbone google/t5-small (fingerprint "
         "aaaaaaaaaaaa), this is google/t5-other (fingerprint bbbbbbbbbbbb): use the backbone it "
-        "was trained with, or allow another one explicitly"
+        "was trained with, or allow another one with --allow-other-backbone"
     )
 
 

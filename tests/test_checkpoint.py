@@ -1,9 +1,7 @@
 """Checkpoints come back bit by bit, survive kills, full disks and damage, and are never skipped."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import file_size_limit, small_disk
 
 from jaxprompt import checkpoint, files
 from jaxprompt.checkpoint import Checkpoints, check_identity
@@ -281,33 +280,6 @@ def test_later_steps_are_not_overwritten_unseen(state_files):
         save(newest.parent, 5)
     with pytest.raises(ValueError, match="step 1 saved after step 2"):
         save(newest.parent / "other", 2, 1)
-
-
-@contextlib.contextmanager
-def small_disk(place, size):
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("no file system may be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-@contextlib.contextmanager
-def file_size_limit(place, size):
-    place.mkdir()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield place
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """Atomic writes: old or new, never between; full disks, killed writers, odd targets."""
 
-import contextlib
 import errno
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -12,36 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from disks import file_size_limit, small_disk
 
 from jaxprompt import files
 from jaxprompt.typing import UserError
-
-
-@contextlib.contextmanager
-def small_disk(place: Path, size: str):
-    """A file system of that size; the test is skipped where one may not be mounted."""
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("no file system may be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("content", ["grüße\n", b"\x00\xff", ""])
@@ -131,11 +103,12 @@ def test_a_full_disk_leaves_the_old_directory(tmp_path):
 
 
 def test_a_limit_on_file_sizes_leaves_the_old_file(tmp_path):
-    (tmp_path / "out").write_text("old")
-    with file_size_limit(1000), pytest.raises(UserError, match="File too large; raise the limit"):
-        files.write_file(tmp_path / "out", "y" * 2000)
-    assert (tmp_path / "out").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out"]
+    with file_size_limit(tmp_path / "disk", 1000) as disk:
+        (disk / "out").write_text("old")
+        with pytest.raises(UserError, match="File too large; raise the limit"):
+            files.write_file(disk / "out", "y" * 2000)
+    assert (disk / "out").read_text() == "old"
+    assert os.listdir(disk) == ["out"]
 
 
 @pytest.mark.parametrize("swaps", [True, False])
@@ -252,3 +225,23 @@ def test_impossible_targets_are_named(tmp_path, make, words):
     assert words in str(caught.value) and str(tmp_path) in str(caught.value)
     assert (tmp_path / "file").read_text() == "kept"
     assert sorted(os.listdir(tmp_path)) == ["directory", "file"]
+
+
+def test_a_held_directory_is_refused_to_other_processes_until_its_holder_ends(tmp_path):
+    code = "import sys, time\nfrom jaxprompt import files\n" + textwrap.dedent("""
+        with files.held(sys.argv[1]):
+            print("held", flush=True)
+            time.sleep(60)
+    """)
+    place = tmp_path / "run"
+    command = [sys.executable, "-c", code, place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        said = f"another process is writing to {place}: wait"
+        with pytest.raises(UserError, match=said), files.held(place):
+            pass
+        with files.held(place, active=False):
+            pass
+        holder.kill()
+    with files.held(place):
+        assert os.listdir(place) == []

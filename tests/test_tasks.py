@@ -207,7 +207,7 @@ def test_presets_read_the_rows_of_tfds():
     assert load_task("rte").example({"premise": "p", "hypothesis": "h", "label": 1}, "w").label == 1
 
 
-@pytest.mark.parametrize("name", ["demo-topic", "demo-sentiment"])
+@pytest.mark.parametrize("name", ["demo-kind", "demo-topic", "demo-sentiment"])
 def test_demo_tasks_have_all_splits_and_share_no_text_between_them(name: str):
     demo = load_task(name)
     texts = {}

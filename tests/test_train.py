@@ -190,7 +190,7 @@ def test_artifacts_say_what_they_are(world: World, done: Done):
         assert artifact.layout == "{prompt}{input}" and artifact.method["length"] == 4
         assert artifact.task["candidates"] == ["positive", "negative"]
         assert artifact.backbone.d_model == CONFIG.d_model
-        assert artifact.training["data"] == {"max_input_length": 20, "max_target_length": 4}
+        assert artifact.lengths == {"max_input_length": 20, "max_target_length": 4}
 
 
 def test_the_opening_says_what_is_trained(done: Done):

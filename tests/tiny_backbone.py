@@ -61,7 +61,8 @@ def make_prompt(
             str(backbone), fingerprint(backbone), CONFIG.d_model, CONFIG.vocab_size
         ),
         values={"prompt": values},
-        training={"data": {"max_input_length": 24, "max_target_length": 6}, **training},
+        lengths={"max_input_length": 24, "max_target_length": 6},
+        training=training,
     )
 
 

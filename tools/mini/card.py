@@ -30,20 +30,11 @@ TEXTS = {
 }
 LABELLED = {
     "squad": ("SQuAD 1.1, a part of the training set (Rajpurkar et al. 2016)", "CC BY-SA 4.0"),
-    "wic": (
-        "WiC, training set from SuperGLUE (Pilehvar and Camacho-Collados 2019)",
-        "CC BY-NC 4.0",
-    ),
     "copa": ("COPA, training set from SuperGLUE (Roemmele et al. 2011)", "BSD 2-clause"),
     "cb": (
         "CommitmentBank, training set from SuperGLUE (de Marneffe et al. 2019)",
         "none stated; published for research",
     ),
-    "multirc": (
-        "MultiRC, training set from SuperGLUE (Khashabi et al. 2018)",
-        "for research and academic use",
-    ),
-    "dialogue": ("DialogSum, development set (Chen et al. 2021)", "CC BY-NC-SA 4.0"),
 }
 
 _FRONT = """\

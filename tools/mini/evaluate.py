@@ -49,6 +49,7 @@ def _demo(name: str) -> Measure:
 MEASURES = {
     "sst2": Measure("mini/sst2", folder="sst2"),
     "qqp": Measure("mini/qqp", folder="qqp_sample"),
+    "demo-kind": _demo("demo-kind"),
     "demo-topic": _demo("demo-topic"),
     "demo-sentiment": _demo("demo-sentiment"),
 }

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import wordings as w
-from corpora import open_text, read_jsonl, sentences_of
+from corpora import open_text, read_jsonl
 from wordings import fill, options
-from world import Row, World, spelled
+from world import Row, World
 
 
 def repeated(rows: list[Any], times: int, rng: random.Random) -> Iterator[Any]:
@@ -51,18 +51,6 @@ def untokenise(text: str) -> str:
     return re.sub(r"([(\[$]) ", r"\1", text)
 
 
-def wic(world: World, count: int, rng: random.Random) -> Iterator[Row]:
-    rows = _superglue(world, "WiC", ("sentence1", "sentence2"))
-    for row in repeated(rows, 6, rng):
-        label = int(row["label"])
-        target, candidates, listed = spelled(rng, rng.choice(w.SAME_WORDS), label)
-        slots = {"w": row["word"], "a": row["sentence1"], "b": row["sentence2"], "o": listed}
-        prompt = fill(rng, w.WIC, **slots)
-        if candidates[0] == "different":
-            prompt += rng.choice((" same or different?", f" Answer {listed}.", f" ({listed})"))
-        yield Row(prompt, target, candidates)
-
-
 def copa(world: World, count: int, rng: random.Random) -> Iterator[Row]:
     for row in repeated(_superglue(world, "COPA", ("premise",)), 6, rng):
         choices = [row["choice1"], row["choice2"]]
@@ -81,57 +69,6 @@ def cb(world: World, count: int, rng: random.Random) -> Iterator[Row]:
         if words is not w.NLI_WORDS[0] and slots["o"] not in prompt:
             prompt += " " + rng.choice(("yes, no or maybe?", "Answer yes, no or maybe."))
         yield Row(prompt, target, list(words))
-
-
-def multirc(world: World, count: int, rng: random.Random) -> Iterator[Row]:
-    rows = []
-    for row in _superglue(world, "MultiRC", ()):
-        passage = row["passage"]["text"]
-        if not world.clean(passage):
-            continue
-        for question in row["passage"]["questions"]:
-            answers = [(a["text"], a["label"]) for a in question["answers"]]
-            right = " ".join(text for text, label in answers if label)
-            context = _most_related(passage, f"{question['question']} {right}")
-            rows += [(context, question["question"], text, label) for text, label in answers]
-    for context, question, text, label in repeated(rows, 2, rng):
-        target, candidates, listed = spelled(rng, rng.choice(w.MULTIRC_WORDS), label)
-        prompt = fill(rng, w.MULTIRC, c=context, q=question, a=text, o=listed)
-        if listed not in prompt and candidates[1] != "yes":
-            prompt += f" ({listed})"
-        yield Row(prompt, target, candidates)
-
-
-def _most_related(passage: str, query: str, longest: int = 80) -> str:
-    """The sentences of a passage that share most words with a query, in their order."""
-    wanted = set(re.findall(r"\w{3,}", query.lower()))
-    sentences = sentences_of(passage)
-
-    def shared(number: int) -> int:
-        return len(wanted & set(re.findall(r"\w{3,}", sentences[number].lower())))
-
-    kept: list[int] = []
-    size = 0
-    for number in sorted(range(len(sentences)), key=shared, reverse=True):
-        size += len(sentences[number].split())
-        if kept and size > longest:
-            break
-        kept.append(number)
-    return " ".join(sentences[number] for number in sorted(kept))
-
-
-def dialogue(world: World, count: int, rng: random.Random) -> Iterator[Row]:
-    rows = [
-        row
-        for row in read_jsonl(world.data / "dialogsum" / "dialogsum.dev.jsonl")
-        if world.mine(row["fname"]) and world.clean(row["dialogue"], row["summary"])
-    ]
-    for row in repeated(rows, 4, rng):
-        text = re.sub(r"\s+", " ", row["dialogue"].replace("#", ""))
-        if rng.random() < 0.6:
-            yield Row(fill(rng, w.SUMMARY, x=text), row["summary"].replace("#", ""), [])
-        else:
-            yield Row(fill(rng, w.DIALOGUE_TOPIC, x=text), row["topic"], [])
 
 
 def _superglue(world: World, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:

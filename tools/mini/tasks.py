@@ -22,6 +22,7 @@ TASKS: tuple[tuple[str, int, Builder], ...] = (  # name, rows wanted in training
     ("stars", 14_000, text_tasks.stars),
     ("kind", 45_000, text_tasks.kind),
     ("topic", 80_000, text_tasks.topic),
+    ("thing", 60_000, text_tasks.thing),
     ("title", 22_000, text_tasks.title),
     ("title_yes_no", 35_000, text_tasks.title_yes_no),
     ("title_choice", 40_000, text_tasks.title_choice),
@@ -32,11 +33,8 @@ TASKS: tuple[tuple[str, int, Builder], ...] = (  # name, rows wanted in training
     ("same_document", 30_000, text_tasks.same_document),
     ("shuffled_words", 25_000, text_tasks.shuffled_words),
     ("squad", 21_500, labelled_tasks.squad),
-    ("wic", 26_000, labelled_tasks.wic),
     ("copa", 2_400, labelled_tasks.copa),
     ("cb", 1_500, labelled_tasks.cb),
-    ("multirc", 40_000, labelled_tasks.multirc),
-    ("dialogue", 2_000, labelled_tasks.dialogue),
 )
 
 

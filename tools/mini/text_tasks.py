@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import wordings as w
 from corpora import Document, sentences_of
-from topics import TOPICS
+from topics import TOPICS, thing_of
 from wordings import fill, options
 from world import SNIPPET_WORDS, Row, World, choose_some, snippet, spelled, styled
 
@@ -112,6 +112,30 @@ def topic(world: World, count: int, rng: random.Random) -> Iterator[Row]:
 
 
 # ---------------------------------------------------------------- encyclopedia
+
+
+def thing(world: World, count: int, rng: random.Random) -> Iterator[Row]:
+    """What an article's first sentence calls its subject, with that word taken out of the text."""
+    found = [
+        (article, noun)
+        for article in world.by_source["wikipedia"]
+        if (noun := thing_of(sentences_of(article.text)[0]))
+    ]
+    counts = Counter(noun for _, noun in found)
+    least = max(2, len(found) // 5000)
+    pool = [noun for noun, times in sorted(counts.items()) if times >= least]
+    used: Counter[str] = Counter()
+    for _ in range(4):
+        for article, noun in rng.sample(found, len(found)):
+            used[noun] += 1
+            if counts[noun] < least or used[noun] > max(8, count // 40):
+                continue
+            candidates = choose_some(rng, pool, noun, min(rng.choice((2, 4, 4, 8)), len(pool)))
+            hidden = re.sub(rf"\b{noun}(?=s?\b)", "___", article.text, flags=re.IGNORECASE)
+            text = styled(" ".join(hidden.split()[: rng.randint(20, SNIPPET_WORDS)]), rng, 0.2)
+            prompt = fill(rng, w.THING, o=options(rng, candidates), x=text)
+            listed = all(candidate in prompt.lower() for candidate in candidates)
+            yield Row(prompt, noun, candidates if listed else [])
 
 
 def title(world: World, count: int, rng: random.Random) -> Iterator[Row]:

@@ -102,6 +102,7 @@ _PHRASE_END = re.compile(
     r"\b(?:of|in|from|by|for|that|which|who|at|on|with|and|to|based|directed|written|released|"
     r"made|set|located|known|born|published|produced|founded|starring|or|used|near|as|whose)\b"
 )
+_SPECIES = "species of"
 _WORD_TOPIC: dict[str, set[str]] = {}
 for _topic, (_, _words) in _SPECS.items():
     for _word in _words.split():
@@ -110,20 +111,32 @@ for _topic, (_, _words) in _SPECS.items():
 
 def topic_by_first_sentence(sentence: str) -> str | None:
     """Topic of the noun that "X is a ... noun" ends with, or None."""
-    found = _SUBJECT.search(sentence)
-    if found is None:
-        return None
-    phrase = found["phrase"].lower()
-    for topic in ("animals",):
-        if re.match(r"(?:\w+ )?(?:species|genus) of ", phrase):
-            return topic
-    head = _PHRASE_END.split(phrase)[0].split()
+    head = _subject_words(sentence)
+    if head and head[0] == _SPECIES:
+        return "animals"
     for size in (3, 2, 1):
         noun = " ".join(head[-size:])
         for topic, nouns in _NOUN_TOPIC.items():
             if noun and nouns.match(noun):
                 return topic
     return None
+
+
+def thing_of(sentence: str) -> str | None:
+    """The noun of "X is a ... noun", or None."""
+    head = _subject_words(sentence)
+    return head[-1] if head and head[0] != _SPECIES and head[-1].isalpha() else None
+
+
+def _subject_words(sentence: str) -> list[str]:
+    """Lower-case words of the phrase that "X is a ..." calls its subject, up to its noun."""
+    found = _SUBJECT.search(sentence)
+    if found is None:
+        return []
+    phrase = found["phrase"].lower()
+    if re.match(r"(?:\w+ )?(?:species|genus) of ", phrase):
+        return [_SPECIES]
+    return _PHRASE_END.split(phrase)[0].split()
 
 
 def topic_by_words(text: str) -> str | None:

@@ -240,6 +240,16 @@ KIND_YES_NO = (
     "yes or no: the text below is taken from {k}. {x}",
     "{x} question: is it part of {k}? answer:",
 )
+THING = (
+    "What kind of thing is described? {x}",
+    "{x} What is it? Options: {o}",
+    "Is this a {o}? {x}",
+    "{x} The article is about a",
+    "Choose from {o}. {x}",
+    "Which of these is it: {o}? {x}",
+    "{x} Name its kind:",
+    "kind of thing ({o}): {x}",
+)
 TITLE = (
     "What is the title of this article? {x}",
     "{x} Title:",
@@ -344,14 +354,6 @@ ANSWER = (
     "{c} Q: {q} A:",
     "{q} The answer is in this text: {c}",
 )
-WIC = (
-    'Does the word "{w}" mean the same in both sentences? 1: {a} 2: {b}',
-    "{a} {b} Is {w} used in the same sense?",
-    "wic word: {w} sentence1: {a} sentence2: {b}",
-    'Is the meaning of {w} the same here: "{a}" and here: "{b}"?',
-    "sentence 1: {a} sentence 2: {b} same meaning of {w}? {o}",
-    "word sense: {w} | {a} | {b}",
-)
 COPA = (
     "What is the {q}? {p} choices: {a} or {b}",
     "{p} What is the {q}? 1: {a} 2: {b}",
@@ -367,23 +369,3 @@ NLI = (
     "{a} Claim: {b} Options: {o}.",
 )
 NLI_WORDS = (("entailment", "contradiction", "neutral"), ("yes", "no", "maybe"))
-MULTIRC = (
-    '{c} Question: {q} Is "{a}" a correct answer?',
-    "multirc question: {q} answer: {a} paragraph: {c}",
-    "text: {c} {q} {a} right or wrong? Answer {o}.",
-    "Is this answer true given the text? question: {q} answer: {a} text: {c}",
-    '{c} {q} I think the answer is "{a}". Am I right? {o}',
-)
-MULTIRC_WORDS = (("no", "yes"), ("false", "true"), ("wrong", "right"))
-SUMMARY = (
-    "Summarize the dialogue: {x}",
-    "{x} Summary:",
-    "What happened in this conversation? {x}",
-    "summarize: {x}",
-    "Write a short summary. {x}",
-)
-DIALOGUE_TOPIC = (
-    "What is the dialogue about? {x}",
-    "{x} Name the topic of the conversation.",
-    "dialogue topic: {x}",
-)
