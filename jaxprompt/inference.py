@@ -86,15 +86,15 @@ class Answerer:
             examples,
             input_buckets=self._input_buckets,
             chunk_batches=self._chunk_batches,
+            packed=self.encoder.config.packing and not self._generates,
+            row_multiple=1 if self._mesh is None else self._mesh.shape["data"],
             cuts=self.cuts,
         )
         for chunk in chunks:
             results = [self._run(trained, frozen, batch) for batch in chunk.batches]
             answers: dict[int, Answer] = {}
             for made, result in zip(chunk.batches, results, strict=True):
-                positions = made.batch.example_index_BG[:, 0].tolist()
-                told = self._told(result)
-                answers |= dict(zip(positions, told, strict=True))
+                answers |= self._told(result, np.asarray(made.batch.example_index_BG))
             yield [(example, answers[at]) for at, example in enumerate(chunk.examples)]
 
     def _run(self, trained: ArrayTree, frozen: ArrayTree, made: EvalBatch) -> Any:
@@ -111,22 +111,26 @@ class Answerer:
             return jax.device_put(tree)
         return shard_batch(self._mesh, tree, axis)
 
-    def _told(self, result: Any) -> list[Answer]:
-        """Answers of a batch's rows, those of empty rows too."""
+    def _told(self, result: Any, index_BG: np.ndarray) -> dict[int, Answer]:
+        """Answers to a batch's examples by their numbers, -1 for none."""
         result = jax.device_get(result if self._mesh is None else replicate(self._mesh, result))
         if self._generates:
             texts = map(self.encoder.tokenizer.decode, result.ids_BT.tolist())
             scores, ended = result.log_likelihood_B.tolist(), result.ended_B.tolist()
-            return [
-                Answer(text, score, complete=end)
-                for text, score, end in zip(texts, scores, ended, strict=True)
-            ]
+            return {
+                index: Answer(text, score, complete=end)
+                for index, text, score, end in zip(
+                    index_BG[:, 0].tolist(), texts, scores, ended, strict=True
+                )
+            }
         candidates = self.encoder.task.candidates
-        answers = []
-        for scores_C in result[:, 0]:
+        answers = {}
+        for index, scores_C in zip(
+            index_BG.ravel().tolist(), result.reshape(-1, len(candidates)), strict=True
+        ):
             best = int(scores_C.argmax())
             scores = dict(zip(candidates, scores_C.tolist(), strict=True))
-            answers.append(Answer(candidates[best], float(scores_C[best]), scores))
+            answers[index] = Answer(candidates[best], float(scores_C[best]), scores)
         return answers
 
 

@@ -133,6 +133,7 @@ def train(config: RunConfig) -> TrainResult:
     # ---- evaluation and what is kept ---------------------------------------------------------
     batches = TrainBatches(
         encoder, source, seed=config.seed,
+        row_multiple=mesh.shape["data"] * config.train.accumulate,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     evaluator = Evaluator(graphdef, encoder, mesh=mesh, input_buckets=batches.input_buckets)
@@ -180,6 +181,8 @@ def train(config: RunConfig) -> TrainResult:
         ) as logger:  # fmt: skip
             write_file(directory / "config.yaml", dump(config))
             logger.note(_opening(config, backbone, trained, len(source), total_steps, resumed))
+            if config.data.packing:
+                logger.note(_packing(batches))
             if not progress.baselines:
                 bare_encoder = _encoder(config, task, Layout.parse(config.layout, 0), backbone)
                 bare = Evaluator(bare_graphdef, bare_encoder, mesh=mesh).run(
@@ -199,6 +202,7 @@ def train(config: RunConfig) -> TrainResult:
                 learning_rate=functools.partial(learning_rate_at, config.optim, total_steps),
             )  # fmt: skip
             state = loop.run(state, progress)
+            logger.note(f"training rows were filled to {100 * batches.fill:.1f} %")
             cuts["training"] = batches.report()
             for line in _cut_lines(cuts):
                 logger.note(line)
@@ -269,6 +273,7 @@ def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
         "seed": config.seed,
         "recipe": config.optim.recipe,
         "batch_size": config.data.batch_size,
+        "packing": config.data.packing,
     }
 
 
@@ -292,7 +297,8 @@ def _check(config: RunConfig, encoder: TaskEncoder, sources: Sequence[Source]) -
             f"train.metric is {config.train.metric!r}, task {config.task.name} has "
             f"{', '.join(task.metrics)}"
         )
-    config.train.check_batch_size("data.batch_size", config.data.batch_size)
+    if not config.data.packing:
+        config.train.check_batch_size("data.batch_size", config.data.batch_size)
     encoder.lay([task.example(source[0], source.where(0)) for source in sources])
 
 
@@ -315,6 +321,14 @@ def _opening(
     return (
         f"{start}: {count(trained):,} trained parameters, {frozen} ({backbone.name}); task "
         f"{config.task.name}, {rows:,} examples, {steps:,} steps, output in {config.output_dir}"
+    )
+
+
+def _packing(batches: TrainBatches) -> str:
+    shapes = batches.shapes
+    return (
+        f"packed: {shapes.batch_size} rows of {shapes.input_buckets[-1]} positions, up to "
+        f"{shapes.max_segments} examples in each"
     )
 
 

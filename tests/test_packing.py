@@ -12,9 +12,10 @@ from jaxprompt.data.packing import (
     candidates_of_rows,
     first_fit_rows,
     fitted_buckets,
+    fitted_rows,
     length_buckets,
-    one_example_rows,
     row_lengths,
+    sizes_of,
 )
 
 PAD, START = 0, 7
@@ -42,7 +43,7 @@ def batch_from(rows, batch_size: int):
 @given(st.lists(lengths, max_size=30))
 def test_first_fit_loses_nothing_and_keeps_within_rows(sizes: list[tuple[int, int]]):
     examples = examples_of(sizes)
-    rows = first_fit_rows(examples, *SIZES.values())
+    rows = first_fit_rows(sizes_of(examples), *SIZES.values())
     assert sorted(position for row in rows for position in row) == list(range(len(examples)))
     for row in rows:
         assert 1 <= len(row) <= SIZES["max_segments"]
@@ -63,18 +64,20 @@ def test_first_fit_is_the_textbook_algorithm(sizes: list[tuple[int, int]]):
                 break
         else:
             rows.append([position])
-    assert first_fit_rows(examples_of(sizes), *capacity) == rows
+    assert first_fit_rows(sizes_of(examples_of(sizes)), *capacity) == rows
 
 
 def test_first_fit_refuses_what_no_row_holds():
     with pytest.raises(ValueError, match="does not fit"):
-        first_fit_rows([example(0, 13, 1)], *SIZES.values())
+        first_fit_rows(sizes_of([example(0, 13, 1)]), *SIZES.values())
 
 
 @given(st.lists(lengths, min_size=1, max_size=12), st.integers(0, 2))
 def test_batches_hold_every_example_as_one_contiguous_segment(sizes, empty_rows: int):
     examples = examples_of(sizes)
-    rows = [[examples[at] for at in row] for row in first_fit_rows(examples, *SIZES.values())]
+    rows = [
+        [examples[at] for at in row] for row in first_fit_rows(sizes_of(examples), *SIZES.values())
+    ]
     batch = batch_from(rows, len(rows) + empty_rows)
     seen = []
     for number, row in enumerate(rows):
@@ -137,9 +140,8 @@ def test_candidates_stand_where_the_targets_would():
         assert (candidates.loss_weights_CBT[number] == batch.loss_weights_BT).all()
 
 
-def test_one_example_rows_and_their_lengths():
+def test_lengths_of_rows():
     examples = examples_of([(3, 2), (9, 0), (4, 6)])
-    assert one_example_rows(examples) == [[0], [1], [2]]
     assert row_lengths([[item] for item in examples]) == (9, 6)
     assert row_lengths([examples]) == (16, 8)
     assert row_lengths([]) == (0, 0)
@@ -176,3 +178,34 @@ def test_fitted_buckets_pad_as_little_as_any_choice(sample: list[int], count: in
         itertools.combinations(options, n) for n in range(1, count + 1)
     )
     assert padded(sample, buckets) == min(padded(sample, (*choice, 40)) for choice in choices)
+
+
+@given(
+    st.lists(st.tuples(st.integers(5, 60), st.integers(1, 4)), min_size=200, max_size=300),
+    st.integers(8, 64),
+    st.sampled_from([1, 2, 4]),
+)
+def test_fitted_rows_are_full_and_hold_what_was_asked_for(sizes, wanted: int, multiple: int):
+    array = np.array(sizes, np.int32)
+    shape = fitted_rows(array, wanted, (60, 4), row_multiple=multiple, length_multiple=4)
+    assert shape.rows % multiple == 0 and shape.input_length % 4 == 0
+    assert shape.input_length >= 60 and shape.target_length >= 4
+    rows = first_fit_rows(array, shape.input_length, shape.target_length, shape.max_segments)
+    held = len(sizes) / len(rows) * shape.rows  # examples in a batch
+    if shape.input_length > 60:  # or else one row is already more than was asked for
+        assert 0.75 * wanted <= held <= 1.25 * wanted
+
+
+def test_fitted_rows_of_real_lengths_are_95_percent_full():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(3.0, 0.7, size=(2000, 1)), 4, 200).astype(np.int32) + 100
+    sizes = np.concatenate([lengths, np.full_like(lengths, 3)], axis=1)
+    shape = fitted_rows(sizes, 32, (300, 3))
+    rows = first_fit_rows(sizes, shape.input_length, shape.target_length, shape.max_segments)
+    assert lengths.sum() / (shape.input_length * len(rows)) >= 0.95
+
+
+def test_fitted_rows_of_a_given_length():
+    sizes = np.full((100, 2), (30, 2), np.int32)
+    shape = fitted_rows(sizes, 16, (60, 4), input_length=100)
+    assert (shape.rows, shape.input_length, shape.max_segments) == (5, 100, 3)

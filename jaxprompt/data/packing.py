@@ -1,10 +1,12 @@
 """Encoded examples -> rows -> `Batch`: what stands in which row is decided here, as data.
 
-A row is a list of examples, each of which becomes one segment. `one_example_rows` gives a row to
-every example; `first_fit_rows` fills rows with several. The compiled program is the same for both.
+A row is a list of examples, each of which becomes one segment: one alone, or as many as
+`first_fit_rows` finds room for in rows of a shape that `fitted_rows` chooses. The compiled program
+is the same for both.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,28 +94,31 @@ def fitted_buckets(
     return (*best[int(np.argmin(rest))][1], longest)
 
 
-def one_example_rows(examples: Sequence[EncodedExample]) -> list[Indices]:
-    """A row for every example, in the same order; rows are lists of positions in `examples`."""
-    return [[position] for position in range(len(examples))]
+def sizes_of(examples: Sequence[EncodedExample]) -> np.ndarray:
+    """Encoder and decoder length of each example, int32 [examples, 2]."""
+    sizes = [(len(example.encoder_ids), len(example.target_ids)) for example in examples]
+    return np.array(sizes, np.int32).reshape(-1, 2)
 
 
 def first_fit_rows(
-    examples: Sequence[EncodedExample], input_length: int, target_length: int, max_segments: int
+    sizes: np.ndarray, input_length: int, target_length: int, max_segments: int
 ) -> list[Indices]:
     """Packs examples into rows: longest first, each into the first row with room for both sides.
 
     First-fit decreasing bin packing with two sizes an item.
 
-    Returns: rows as lists of positions in `examples`, every position exactly once.
+    Args:
+      sizes: as `sizes_of` gives them.
+    Returns: rows as lists of positions in `sizes`, every position exactly once.
     Raises: ValueError if an example is longer than a row.
     """
-    sizes = np.array([(len(e.encoder_ids), len(e.target_ids), 1) for e in examples], np.int32)
     capacity = np.array([input_length, target_length, max_segments], np.int32)
-    if len(examples) and (sizes.max(0) > capacity).any():
+    sizes = np.insert(sizes, 2, 1, axis=1)
+    if len(sizes) and (sizes.max(0) > capacity).any():
         raise ValueError(f"an example of {sizes.max(0)[:2]} does not fit a row of {capacity[:2]}")
-    free = np.tile(capacity, (len(examples), 1))
+    free = np.tile(capacity, (len(sizes), 1))
     rows: list[Indices] = []
-    for position in np.argsort(-sizes[:, :2].sum(1), kind="stable") if len(examples) else ():
+    for position in np.argsort(-sizes[:, :2].sum(1), kind="stable"):
         fits = (free[: len(rows) + 1] >= sizes[position]).all(1)  # one row beyond is always empty
         number = int(fits.argmax())
         if number == len(rows):
@@ -121,6 +126,83 @@ def first_fit_rows(
         rows[number].append(int(position))
         free[number] -= sizes[position]
     return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PackShape:
+    """The shape of batches of packed rows.
+
+    Attributes:
+      rows: rows of a batch, over all processes.
+      input_length, target_length: positions of a row in encoder and decoder.
+      max_segments: examples a row may hold.
+    """
+
+    rows: int
+    input_length: int
+    target_length: int
+    max_segments: int
+
+
+FULL = 0.95  # the least share of positions used that `fitted_rows` is content with
+
+
+def fitted_rows(
+    sizes: np.ndarray,
+    examples: int,
+    longest: tuple[int, int],
+    *,
+    input_length: int = 0,
+    row_multiple: int = 1,
+    length_multiple: int = 16,
+) -> PackShape:
+    """Rows that hold about `examples` examples a batch and are short and full.
+
+    Attention costs the square of a row's length, so the shortest rows of which a sample fills 95 %
+    are chosen, or else those it fills best.
+
+    Args:
+      sizes: of a sample, as `sizes_of` gives them; not empty.
+      examples: wanted in a batch, on average.
+      longest: encoder and decoder length that an example may have.
+      input_length: given instead of chosen; 0 = choose.
+      row_multiple: the number of rows is a multiple of it: processes, devices, microbatches.
+      length_multiple: lengths are multiples of it.
+    """
+    wanted = examples * float(sizes[:, 0].mean())  # positions of a batch
+    best: tuple[float, PackShape] | None = None
+    count = row_multiple * max(1, int(wanted / longest[0] / row_multiple))
+    while best is None or (count and not input_length and best[0] < FULL):
+        length = input_length or max(longest[0], math.ceil(wanted / (count * 0.98)))
+        length = _up(length, 1 if input_length else length_multiple)
+        if input_length:
+            count = row_multiple * max(1, round(wanted / (length * 0.98 * row_multiple)))
+        full, shape = _tried(sizes, count, length, longest[1], length_multiple)
+        if best is None or full > best[0]:
+            best = full, shape
+        count -= row_multiple
+    shape = best[1]
+    most = math.ceil(examples / shape.rows)  # where a row could hold far more than is wanted
+    return dataclasses.replace(shape, max_segments=min(shape.max_segments, most + most // 4))
+
+
+def _tried(
+    sizes: np.ndarray, count: int, length: int, longest_target: int, multiple: int
+) -> tuple[float, PackShape]:
+    """How full a sample makes rows of a length, and their shape with room to spare elsewhere."""
+    most = len(sizes) * max(longest_target, int(sizes[:, 1].max()))
+    rows = first_fit_rows(sizes, length, most, len(sizes))
+    rows = rows[: max(1, len(rows) - 1)]  # the last one waits for more
+    segments = max(map(len, rows))
+    targets = max(int(sizes[row, 1].sum()) for row in rows)
+    full = float(sum(sizes[row, 0].sum() for row in rows) / (len(rows) * length))
+    return full, PackShape(
+        count, length, _up(max(longest_target, targets), multiple // 2), segments
+    )
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def row_lengths(rows: Sequence[Row]) -> tuple[int, int]:

@@ -18,6 +18,8 @@ from jaxprompt.data.packing import (
     Row,
     candidates_of_rows,
     fitted_buckets,
+    fitted_rows,
+    sizes_of,
 )
 from jaxprompt.data.sources import Source
 from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions, row_order
@@ -40,6 +42,9 @@ class DataConfig:
         the training data least.
       bucket_count: how many lengths to choose below max_input_length; each costs one compilation.
       bucket_multiple: chosen lengths are multiples of this.
+      packing: several examples stand in a row, so that few positions are padding; batch_size is
+        then how many examples a batch has on average.
+      pack_length: positions of a packed row; 0 = chosen to fill rows to 95 % of a sample.
       shuffle: whether training rows come in random order.
       window_batches: about so many batches are sorted by length together.
       prefetch: batches made ahead in a thread; 0 = none.
@@ -52,12 +57,14 @@ class DataConfig:
     length_buckets: tuple[int, ...] = ()
     bucket_count: int = 4
     bucket_multiple: int = 16
+    packing: bool = True
+    pack_length: int = 0
     shuffle: bool = True
     window_batches: int = 16
     prefetch: int = 4
 
     def __post_init__(self):
-        smallest = {"prefetch": 0, "max_input_length": 2, "max_target_length": 2}
+        smallest = {"prefetch": 0, "pack_length": 0, "max_input_length": 2, "max_target_length": 2}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < smallest.get(field.name, 1):
@@ -65,6 +72,11 @@ class DataConfig:
                     f"data.{field.name} is {value}, it has to be at least"
                     f" {smallest.get(field.name, 1)}"
                 )
+        if 0 < self.pack_length < self.max_input_length:
+            raise UserError(
+                f"data.pack_length {self.pack_length} cannot hold examples of data.max_input_length"
+                f" {self.max_input_length}; make it as long, or the other shorter"
+            )
         if any(length < 1 or length > self.max_input_length for length in self.length_buckets):
             raise UserError(
                 f"data.length_buckets {list(self.length_buckets)} do not lie between 1 and"
@@ -163,15 +175,31 @@ class TaskEncoder:
         rooms = (first - 32 + 32 * 2**k for k in itertools.count())
         return (*itertools.takewhile(lambda n: n < longest, rooms), longest)
 
-    def input_buckets(self, source: Source) -> tuple[int, ...]:
+    def sample_sizes(self, source: Source) -> np.ndarray:
+        """Encoder and decoder length of examples from all over a source, int32 [examples, 2]."""
+        window = min(self.config.window_batches * self.config.batch_size, _SAMPLE)
+        places = np.unique(np.linspace(0, len(source) - 1, 2 * window).astype(int))
+        examples = [self.task.example(source[int(i)], source.where(int(i))) for i in places]
+        return sizes_of(self.encode(examples, [0] * len(places), Cuts()))
+
+    def packed_shapes(self, sizes: np.ndarray, examples: int, row_multiple: int = 1) -> Shapes:
+        """Packed rows for about so many examples a batch, chosen by the sizes of a sample."""
+        shape = fitted_rows(
+            sizes,
+            examples,
+            (self.config.max_input_length, self.target_buckets[-1]),
+            input_length=self.config.pack_length,
+            row_multiple=row_multiple,
+            length_multiple=self.config.bucket_multiple,
+        )
+        return Shapes(shape.rows, (shape.input_length,), (shape.target_length,), shape.max_segments)
+
+    def input_buckets(self, sizes: np.ndarray) -> tuple[int, ...]:
         """The configured input lengths, or those that pad the batches of a sample least."""
         config = self.config
         if config.length_buckets:
             return tuple(sorted({*config.length_buckets, config.max_input_length}))
-        window = min(config.window_batches * config.batch_size, _SAMPLE)
-        places = np.unique(np.linspace(0, len(source) - 1, 2 * window).astype(int))
-        examples = [self.task.example(source[int(i)], source.where(int(i)), False) for i in places]
-        lengths = [len(row.ids) for row in self.lay(examples)]
+        lengths = sizes[:, 0].tolist()
         longest_of_batches = []
         for parity in (0, 1):  # two windows as training makes them, sorted and cut into batches
             ordered = sorted(lengths[parity::2])
@@ -184,7 +212,10 @@ class TaskEncoder:
 class TrainBatches:
     """An endless iterator of a task's training batches with `get_state`, `set_state` and `report`.
 
-    Attributes: example_count, rows of the source; input_buckets, for an evaluation of like shapes.
+    Attributes:
+      example_count: rows of the source.
+      shapes: what batches look like.
+      input_buckets: for an evaluation of like shapes that does not pack.
     """
 
     def __init__(
@@ -193,22 +224,29 @@ class TrainBatches:
         source: Source,
         *,
         seed: int = 0,
+        row_multiple: int = 1,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Looks at a sample of the rows to choose buckets; starts at the first batch.
+        """Looks at a sample of the rows to choose shapes; starts at the first batch.
 
         Args:
-          seed: of the order; batches are a function of encoder, source and seed.
+          seed: of the order; batches are a function of encoder, source, seed and row_multiple.
+          row_multiple: packed rows of a batch are a multiple of it: devices, microbatches.
           process_index, process_count: this process's share of every batch's rows.
         """
         config = encoder.config
         self._encoder, self._source, self._cuts = encoder, source, Cuts()
         self.example_count = len(source)
-        self.input_buckets = encoder.input_buckets(source)
+        sizes = encoder.sample_sizes(source)
+        self.input_buckets = encoder.input_buckets(sizes)
+        if config.packing:
+            self.shapes = encoder.packed_shapes(sizes, config.batch_size, row_multiple)
+        else:
+            self.shapes = Shapes(config.batch_size, self.input_buckets, encoder.target_buckets)
         self._order = row_order(len(source), seed, config.shuffle)
         options = StreamOptions(
-            shapes=Shapes(config.batch_size, self.input_buckets, encoder.target_buckets),
+            shapes=self.shapes,
             pad_id=encoder.tokenizer.pad_id,
             start_id=encoder.start_id,
             seed=seed,
@@ -250,6 +288,11 @@ class TrainBatches:
         """(encoder length, decoder length) -> batches given out."""
         return self._stream.shape_counts
 
+    @property
+    def fill(self) -> float:
+        """Share of the encoder positions given out so far that are not padding."""
+        return self._stream.fill
+
     def report(self) -> dict[str, int]:
         """Examples made so far, those made ahead included, and what was cut off to fit."""
         return self._cuts.report()
@@ -283,39 +326,57 @@ def eval_chunks(
     *,
     input_buckets: Sequence[int] = (),
     chunk_batches: int = 16,
+    packed: bool = False,
+    row_multiple: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     cuts: Cuts | None = None,
 ) -> Iterator[EvalChunk]:
-    """Batches of examples in chunks that hold at most `chunk_batches` batches in memory.
+    """Batches of examples in chunks of at most `chunk_batches` times `eval_batch_size` examples.
 
-    Within a chunk batches are sorted by length. Every batch has `eval_batch_size` rows over all
-    processes; where examples run out, rows are empty (example index -1).
+    Within a chunk examples are sorted by length, or packed into rows whose shape the first chunk
+    decides. Every batch has the same number of rows over all processes; where examples run out,
+    rows are empty (example index -1).
 
     Args:
       examples: with or without targets; read as they are needed.
       input_buckets: lengths to pad to, the largest at least max_input_length; () = the encoder's
-        `stream_buckets`.
+        `stream_buckets`. Packed rows have a length of their own.
+      packed: several examples a row; only for a task with candidates.
+      row_multiple: packed rows of a batch are a multiple of it: devices.
       cuts: counts what was cut off to fit.
     """
     config = encoder.config
-    options = StreamOptions(
-        Shapes(
-            config.eval_batch_size,
-            tuple(input_buckets) or encoder.stream_buckets,
-            encoder.target_buckets,
-        ),
-        pad_id=encoder.tokenizer.pad_id,
-        start_id=encoder.start_id,
-        process_index=process_index,
-        process_count=process_count,
+    shapes = Shapes(
+        config.eval_batch_size,
+        tuple(input_buckets) or encoder.stream_buckets,
+        encoder.target_buckets,
     )
-    size, counts, remaining = config.eval_batch_size, cuts or Cuts(), iter(examples)
-    while chunk := list(itertools.islice(remaining, chunk_batches * size)):
+    if packed and not encoder.candidate_ids:
+        raise ValueError("answers are generated for one example a row")
+    counts, remaining, is_first = cuts or Cuts(), iter(examples), True
+    while chunk := list(itertools.islice(remaining, chunk_batches * config.eval_batch_size)):
         encoded = encoder.encode(chunk, range(len(chunk)), counts)
-        encoded.sort(key=lambda example: len(example.encoder_ids))
-        rows = [[example] for example in encoded]
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        sizes = sizes_of(encoded)
+        if packed:
+            sizes[:, 1] = encoder.target_buckets[-1]  # whichever candidate stands there
+            if is_first:
+                shapes = encoder.packed_shapes(sizes, config.eval_batch_size, row_multiple)
+        rows = shapes.rows_of(sizes)
+        if not packed:
+            rows.sort(key=lambda row: sizes[row[0], 0])
+        options = StreamOptions(
+            shapes,
+            pad_id=encoder.tokenizer.pad_id,
+            start_id=encoder.start_id,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        is_first = False
+        filled = [[encoded[at] for at in row] for row in rows]
+        batches = [
+            filled[at : at + shapes.batch_size] for at in range(0, len(filled), shapes.batch_size)
+        ]
         yield EvalChunk(chunk, [_eval_batch(batch, encoder, options) for batch in batches])
 
 
@@ -333,7 +394,7 @@ def _eval_batch(rows: Sequence[Row], encoder: TaskEncoder, options: StreamOption
         options.own(rows),
         encoder.candidate_ids,
         batch_size=len(batch.targets_BT),
-        target_length=max(map(len, encoder.candidate_ids)),
+        target_length=options.shapes.target_buckets[-1],
         pad_id=options.pad_id,
         start_id=options.start_id,
     )

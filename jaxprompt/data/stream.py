@@ -19,12 +19,13 @@ import numpy as np
 
 from jaxprompt.data.packing import (
     EncodedExample,
+    Indices,
     Row,
     batch_of_rows,
     bucket_length,
     first_fit_rows,
-    one_example_rows,
     row_lengths,
+    sizes_of,
 )
 from jaxprompt.typing import Batch, UserError
 
@@ -54,6 +55,14 @@ class Shapes:
     input_buckets: tuple[int, ...]
     target_buckets: tuple[int, ...]
     max_segments: int = 1
+
+    def rows_of(self, sizes: np.ndarray) -> list[Indices]:
+        """Which examples share a row, by their sizes as `packing.sizes_of` gives them."""
+        if self.max_segments == 1:
+            return [[position] for position in range(len(sizes))]
+        return first_fit_rows(
+            sizes, self.input_buckets[-1], self.target_buckets[-1], self.max_segments
+        )
 
     def of_rows(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Encoder and decoder length for these rows."""
@@ -127,6 +136,7 @@ class BatchStream:
         """Starts at draw 0; a thread makes `prefetch` batches ahead, none if 0."""
         self._draw, self._options, self._prefetch = draw, options, prefetch
         self._shape_counts: Counter[tuple[int, int]] = Counter()
+        self._filled = self._positions = 0
         self._batches: _Ahead | Iterator[tuple[Batch, State]] = iter(())
         self.set_state({"next_draw": 0, "waiting": [], "batch": 0})
 
@@ -136,6 +146,8 @@ class BatchStream:
     def __next__(self) -> Batch:
         batch, self._state = next(self._batches)
         self._shape_counts[batch.encoder_ids_BS.shape[1], batch.targets_BT.shape[1]] += 1
+        self._filled += int(np.count_nonzero(batch.encoder_segments_BS))
+        self._positions += batch.encoder_segments_BS.size
         return batch
 
     def get_state(self) -> State:
@@ -153,6 +165,11 @@ class BatchStream:
         """Stops the thread that works ahead."""
         if isinstance(self._batches, _Ahead):
             self._batches.close()
+
+    @property
+    def fill(self) -> float:
+        """Share of the encoder positions given out so far that are not padding."""
+        return self._filled / max(1, self._positions)
 
     @property
     def shape_counts(self) -> dict[tuple[int, int], int]:
@@ -191,7 +208,9 @@ def _window(
         drawn = [(number, e) for number, e in zip(wanted, draw(wanted), strict=True) if e]
         draws += [number for number, _ in drawn]
         examples += [example for _, example in drawn]
-        rows, wanted = _rows(examples, options, rng), []
+        rows, wanted = shapes.rows_of(sizes_of(examples)), []
+        if options.shuffle:
+            rows = [rows[at] for at in rng.permutation(len(rows))]
         if not examples and next_draw - first_draw > _GIVE_UP:
             raise UserError(f"of {_GIVE_UP} rows drawn in turn none has anything to train on")
     full = len(rows) - len(rows) % size
@@ -205,20 +224,6 @@ def _window(
     ]
     order = rng.permutation(len(batches)) if options.shuffle else range(len(batches))
     return [batches[at] for at in order], {"next_draw": next_draw, "waiting": left, "batch": 0}
-
-
-def _rows(
-    examples: Sequence[EncodedExample], options: StreamOptions, rng: np.random.Generator
-) -> list[list[int]]:
-    """Rows of positions in `examples`, in random order if the options say so."""
-    shapes = options.shapes
-    if shapes.max_segments > 1:
-        rows = first_fit_rows(
-            examples, shapes.input_buckets[-1], shapes.target_buckets[-1], shapes.max_segments
-        )
-    else:
-        rows = one_example_rows(examples)
-    return [rows[at] for at in rng.permutation(len(rows))] if options.shuffle else rows
 
 
 def _length(example: EncodedExample) -> tuple[int, int]:
