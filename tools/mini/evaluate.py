@@ -33,11 +33,15 @@ MODEL_TUNING = ("tune=model", "optim={recipe: model-tuning}")
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One task: the config that trains it, what is changed in it, its folder of the raw data."""
+    """One task: the config that trains it, what is changed in it, its folder of the raw data.
+
+    Full tuning learns in fewer steps than a prompt, `model_steps` of them (0 = as the config says).
+    """
 
     config: str
     overrides: tuple[str, ...] = ()
     folder: str = ""
+    model_steps: int = 0
 
 
 def _demo(name: str) -> Measure:
@@ -47,7 +51,7 @@ def _demo(name: str) -> Measure:
 
 
 MEASURES = {
-    "sst2": Measure("mini/sst2", folder="sst2"),
+    "sst2": Measure("mini/sst2", folder="sst2", model_steps=500),
     "qqp": Measure("mini/qqp", folder="qqp_sample"),
     "demo-kind": _demo("demo-kind"),
     "demo-topic": _demo("demo-topic"),
@@ -67,6 +71,7 @@ def configure(
             raise UserError(f"task {task} needs --data, the folder of the raw data")
         overrides.append(f"task.source.data_dir={data / measure.folder}")
     overrides += MODEL_TUNING if tune == "model" else ()
+    steps = steps or (measure.model_steps if tune == "model" else 0)
     overrides += [f"train.steps={steps}"] if steps else ()
     config = load_config(measure.config, overrides)
     decisive = dump(dataclasses.replace(config, output_dir=""))
