@@ -31,7 +31,9 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, world: World) -> ModuleType:
     monkeypatch.syspath_prepend(TOOLS)
     import evaluate
 
-    monkeypatch.setattr(evaluate, "MEASURES", {"tiny": evaluate.Measure(str(world.config))})
+    monkeypatch.setattr(
+        evaluate, "MEASURES", {"tiny": evaluate.Measure(str(world.config), model_steps=7)}
+    )
     return evaluate
 
 
