@@ -174,7 +174,8 @@ def test_row_order_is_a_new_permutation_every_epoch(count: int):
 
 
 def test_an_epoch_shows_every_row_once_and_epochs_differ(tmp_path: Path):
-    batches = TrainBatches(encoder_of(), write_rows(tmp_path / "a.jsonl", 24))
+    encoder = encoder_of(packing=False)
+    batches = TrainBatches(encoder, write_rows(tmp_path / "a.jsonl", 24))
     epochs = [[next(batches) for _ in range(6)] for _ in range(2)]
     orders = [
         [int(i) for batch in epoch for i in batch.example_index_BG.ravel()] for epoch in epochs
@@ -184,18 +185,50 @@ def test_an_epoch_shows_every_row_once_and_epochs_differ(tmp_path: Path):
     assert orders[0] != orders[1]
 
 
-def test_batches_hold_the_rows_laid_out(tmp_path: Path):
-    encoder = encoder_of()
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_hold_the_rows_laid_out(tmp_path: Path, packing: bool):
+    encoder = encoder_of(packing=packing)
     source = write_rows(tmp_path / "a.jsonl", 24)
     tokenizer = encoder.tokenizer
-    for batch in taken(TrainBatches(encoder, source), 6):
-        for number, (index,) in enumerate(batch.example_index_BG):
-            row = source[int(index)]
-            ids = batch.encoder_ids_BS[number][batch.encoder_segments_BS[number] == 1]
-            assert batch.encoder_slots_BS[number, :4].tolist() == [0, 1, 2, -1]
+    seen = []
+    for batch in taken(TrainBatches(encoder, source), 12):
+        for number, segment in np.argwhere(batch.example_index_BG >= 0).tolist():
+            index = int(batch.example_index_BG[number, segment])
+            row = source[index]
+            here = batch.encoder_segments_BS[number] == segment + 1
+            there = batch.decoder_segments_BT[number] == segment + 1
+            ids, targets = batch.encoder_ids_BS[number][here], batch.targets_BT[number][there]
+            assert batch.encoder_slots_BS[number][here][:4].tolist() == [0, 1, 2, -1]
             assert tokenizer.decode(ids[3:]) == row["text"]
-            assert tokenizer.decode(batch.targets_BT[number]) == row["label"]
-            assert batch.decoder_ids_BT[number].tolist() == [0, *batch.targets_BT[number][:-1]]
+            assert tokenizer.decode(targets) == row["label"]
+            assert batch.decoder_ids_BT[number][there].tolist() == [0, *targets[:-1]]
+            seen.append(index)
+    assert set(seen) == set(range(24))
+
+
+def test_packed_batches_have_one_shape_are_full_and_show_every_row_as_often(tmp_path: Path):
+    source = write_rows(tmp_path / "a.jsonl", 200)
+    batches = TrainBatches(encoder_of(batch_size=12, window_batches=8), source)
+    counts, examples = np.zeros(200, int), 0
+    for batch in taken(batches, 120):
+        shown = batch.example_index_BG[batch.example_index_BG >= 0]
+        np.add.at(counts, shown, 1)
+        examples += len(shown)
+    assert len(batches.shape_counts) == 1 and batches.shapes.max_segments > 1
+    assert batches.fill >= 0.95
+    assert 0.8 * 12 <= examples / 120 <= 1.2 * 12
+    assert counts.max() - counts.min() <= 2
+
+
+def test_packed_rows_come_in_multiples(tmp_path: Path):
+    source = write_rows(tmp_path / "a.jsonl", 60)
+    batches = TrainBatches(encoder_of(batch_size=12), source, row_multiple=4)
+    assert len(taken(batches, 1)[0].encoder_ids_BS) % 4 == 0
+
+
+def test_a_pack_length_too_short_for_an_example_is_refused():
+    with pytest.raises(UserError, match=r"data\.pack_length 20 cannot hold examples of .* 48"):
+        encoder_of(pack_length=20)
 
 
 def test_the_order_depends_on_the_seed_and_nothing_else(tmp_path: Path):
@@ -227,7 +260,7 @@ def test_training_resumes_bit_for_bit_and_refuses_other_data(tmp_path: Path):
 
 def test_shapes_are_few_and_each_is_traced_once(tmp_path: Path):
     source = write_rows(tmp_path / "a.jsonl", 200)
-    encoder = encoder_of(bucket_count=3, bucket_multiple=8, window_batches=8)
+    encoder = encoder_of(packing=False, bucket_count=3, bucket_multiple=8, window_batches=8)
     batches = TrainBatches(encoder, source)
     traces = []
 

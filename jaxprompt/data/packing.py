@@ -182,8 +182,12 @@ def fitted_rows(
             best = full, shape
         count -= row_multiple
     shape = best[1]
-    most = math.ceil(examples / shape.rows)  # where a row could hold far more than is wanted
-    return dataclasses.replace(shape, max_segments=min(shape.max_segments, most + most // 4))
+    if shape.rows * shape.input_length <= 1.25 * wanted:
+        return shape
+    most = math.ceil(
+        examples / shape.rows
+    )  # rows of this length could hold far more than is wanted
+    return dataclasses.replace(shape, max_segments=min(shape.max_segments, most))
 
 
 def _tried(
