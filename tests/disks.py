@@ -10,20 +10,25 @@ import pytest
 
 
 @contextlib.contextmanager
-def small_disk(place: Path, size: str) -> Iterator[Path]:
-    """A file system of that size; the test is skipped where one may not be mounted."""
+def mounted(place: Path, options: str) -> Iterator[Path]:
+    """A file system of its own; the test is skipped where none may be mounted."""
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
     try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        done = subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
-        mounted = False
-    if not mounted:
+        done = False
+    if not done:
         pytest.skip("no file system may be mounted here")
     try:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def small_disk(place: Path, size: str) -> contextlib.AbstractContextManager[Path]:
+    """A file system of that size."""
+    return mounted(place, f"size={size}")
 
 
 @contextlib.contextmanager

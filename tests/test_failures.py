@@ -6,13 +6,13 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from disks import mounted
 from run_fixtures import (
     assert_same_end,
     compiled,
@@ -397,23 +397,6 @@ def test_a_hub_name_without_a_network(here: Path):
 
 
 # ---- places that cannot be written ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def mounted(place: Path, options: str) -> Iterator[Path]:
-    """A file system of its own; skips the test where none may be mounted."""
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        done = False
-    if not done:
-        pytest.skip("no file system may be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")
