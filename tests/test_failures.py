@@ -151,11 +151,14 @@ CASES = {
     "no such sink": Case(f"{NEW} logging.sinks=[papyrus]", "unknown logging sink 'papyrus'"),
     "steps and epochs": Case(f"{NEW} train.epochs=1", "train.steps and train.epochs are both set"),
     "parts of a batch": Case(
-        f"{NEW} train.accumulate=3", "data.batch_size 8 does not divide into train.accumulate 3"
+        f"{NEW} data.packing=off train.accumulate=3",
+        "data.batch_size 8 does not divide into train.accumulate 3",
     ),
     "too many devices": Case(f"{NEW} mesh.data=64", "mesh of data 64 x model 1 ... 8 are here"),
     "rows over devices": Case(
-        f"{NEW} mesh.data=3", "batch of 8 rows does not divide over 3 data devices", starts=True
+        f"{NEW} data.packing=off mesh.data=3",
+        "batch of 8 rows does not divide over 3 data devices",
+        starts=True,
     ),
     "rate out of range": Case(f"{NEW} optim.learning_rate=-1", "optim.learning_rate is -1"),
     # ---- prompt and layout
