@@ -437,8 +437,9 @@ def test_a_full_disk(
         assert code == 2, said
         assert_one_sentence(said, f"cannot write {run} ... No space left on device; free some")
         lost = "the checkpoint of step 5 was not saved (the last good one is step 4)"
-        first = [f"cannot write {run / name}" in said for name in ("config.yaml", "best", "prompt")]
-        assert lost in said or any(first)  # whichever is written first: saving is asynchronous
+        # with the most room the artifacts, written meanwhile, may be what does not fit
+        others = {0: ["config.yaml"], 12: [], 40: ["best", "prompt"]}[free]
+        assert lost in said or any(f"cannot write {run / name}" in said for name in others)
         assert snapshot(run / "checkpoints") == before and leftovers(run) == []
         assert_run_is_whole(run)
         filler.unlink()

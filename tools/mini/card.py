@@ -226,8 +226,8 @@ def _data(data: Mapping[str, Any]) -> str:
     ]
     about = """
     Rows of labelled sets repeat their examples under several wordings; tokens are those of the
-    inputs. None is restricted to non-commercial use; the film reviews, the larger part, state no
-    terms and were published for research, so the weights are for research and teaching too."""
+    inputs. None is restricted to non-commercial use. The film reviews, the larger part, state no
+    terms and were published for research: the weights are published for research and teaching."""
     table = _markdown(("source", "terms", "rows", "tokens"), rows)
     return "\n\n".join(["## Data", _prose(about), table])
 

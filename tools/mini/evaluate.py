@@ -206,7 +206,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--tune", nargs="+", choices=("prompt", "model"), default=["prompt", "model"]
+        "--tune",
+        nargs="+",
+        choices=("prompt", "model"),
+        default=["prompt", "model"],
+        help="model: full tuning, of " + ", ".join(n for n, m in MEASURES.items() if m.model_steps),
     )
     parser.add_argument("--steps", type=int, default=0, help="of every run; 0 = its config's")
     parser.add_argument("--runs", type=Path, default=Path("runs/mini-evaluation"))
