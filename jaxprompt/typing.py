@@ -71,10 +71,16 @@ class Candidates:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeysValues:
-    """Trained keys and values put before a stack's own, both [N, Q, P, H, K]."""
+    """Trained keys and values put before a stack's own.
+
+    Attributes:
+      keys, values: [N, Q, P, H, K].
+      mask_QP: bool, False at places of a prompt that is shorter than P; None = all have P.
+    """
 
     keys: Array
     values: Array
+    mask_QP: Array | None = None
 
 
 @jax.tree_util.register_dataclass

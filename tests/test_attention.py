@@ -201,6 +201,29 @@ def test_prefix_is_attention_over_own_prompts_keys_first(biased: bool):
             np.testing.assert_allclose(got[b, own], want[0], atol=1e-5)
 
 
+def test_a_shorter_prompt_of_a_bank_is_its_own_keys_alone():
+    """Places that the mask takes out of a padded prompt are as good as not there."""
+    keys, values, query, key, value = _arrays(
+        (2, 3, 2, 4), (2, 3, 2, 4), (1, 4, 2, 4), (1, 4, 2, 4), (1, 4, 2, 4)
+    )
+    segments, index = np.array([[1, 1, 2, 2]], np.int32), np.array([[1, 0]], np.int32)
+    seen = segment_mask(segments, segments)
+    mask_QP = jnp.asarray([[True, True, True], [True, False, False]])
+    padded = with_prefix(
+        (jnp.asarray(keys), jnp.asarray(values)), index, key, value, None, seen, segments, mask_QP
+    )
+    got = np.asarray(attend(query, *padded))
+    for place, prompt, length in ((slice(0, 2), 1, 1), (slice(2, 4), 0, 3)):
+        own = np.ones((1, 2), np.int32)
+        short = with_prefix(
+            (jnp.asarray(keys[[prompt], :length]), jnp.asarray(values[[prompt], :length])),
+            np.zeros((1, 1), np.int32), key[:, place], value[:, place], None,
+            segment_mask(own, own), own,
+        )  # fmt: skip
+        want = np.asarray(attend(query[:, place], *short))
+        np.testing.assert_allclose(got[:, place], want, atol=1e-6)
+
+
 def test_prefix_takes_the_dtype_of_the_rows_own_keys():
     prefix, own = jnp.ones((1, 2, 1, 3)), jnp.ones((1, 4, 1, 3), jnp.bfloat16)
     segments = np.ones((1, 4), np.int32)

@@ -92,6 +92,7 @@ def test_a_section_without_keys_is_its_defaults(tmp_path):
         ("name: 3", "run.yaml:1: 'name' must be text, got 3"),
         ("name:", "run.yaml:1: 'name' must be text, got nothing"),
         ("name: x\nflag: yes", "run.yaml:2: 'flag' must be true or false, got the text 'yes'"),
+        ("name: x\nflag: [on]", "run.yaml:2: 'flag' must be true or false, got"),
         ("name: x\nflag: 1", "run.yaml:2: 'flag' must be true or false, got 1"),
         (
             "name: x\ninner:\n  steps: many",

@@ -89,6 +89,8 @@ class _Reader:
                 return int(found)
         elif type(found) is hint:
             return found
+        elif hint is bool and isinstance(found, str) and found in _SWITCH:
+            return _SWITCH[found]
         raise self._wrong_type(found, hint, path)
 
     def _literal(self, value: Any, hint: Any, path: KeyPath) -> Any:
@@ -211,6 +213,7 @@ def _shape(value: Any) -> str:
     return "sequence" if isinstance(value, list | tuple) else "scalar"
 
 
+_SWITCH = {"on": True, "off": False}  # words to YAML, and what people write for a truth value
 _WORDS = {
     bool: "true or false",
     int: "an integer",

@@ -13,6 +13,7 @@ from jaxprompt.t5.layers import dropout
 from jaxprompt.typing import Array
 
 MASKED = -1e9  # finite, so that a row that may attend to nothing stays finite
+NOBODY = -1  # the segment of a key that none may see
 
 
 def relative_position_bucket(
@@ -128,6 +129,7 @@ def with_prefix(
     bias_HTS: Array | None,
     mask_BTS: Array,
     query_segments_BT: Array,
+    mask_QP: Array | None = None,
 ) -> tuple[Array, Array, Array | None, Array]:
     """Puts each segment's trained keys and values before a row's own.
 
@@ -136,6 +138,7 @@ def with_prefix(
     Args:
       prefix_QPHK: (keys, values), each [Q, P, H, K].
       prompt_index_BG: which of the Q a segment uses.
+      mask_QP: bool, False where a prompt has no such slot.
     Returns: keys and values [B, G*P+S, H, K], bias [H, T, G*P+S], mask [B, T, G*P+S].
     """
     rows, segments = prompt_index_BG.shape
@@ -147,6 +150,8 @@ def with_prefix(
     owner_BX = jnp.broadcast_to(
         jnp.repeat(jnp.arange(1, segments + 1), slots)[None], keys.shape[:2]
     )
+    if mask_QP is not None:
+        owner_BX = jnp.where(mask_QP[prompt_index_BG].reshape(rows, -1), owner_BX, NOBODY)
     prefix_mask = segment_mask(query_segments_BT, owner_BX)
     if bias_HTS is not None:
         bias_HTS = jnp.pad(bias_HTS, ((0, 0), (0, 0), (segments * slots, 0)))

@@ -108,7 +108,7 @@ def encode(
         mask = mask_BSS
         if prefix_QPHK is not None:
             key_, value, bias, mask = with_prefix(
-                prefix_QPHK, index_BG, key_, value, bias, mask, segments_BS
+                prefix_QPHK, index_BG, key_, value, bias, mask, segments_BS, _mask_of(prefix)
             )
         context = attend(query, key_, value, bias, mask, dropout_rate, keys[0])
         attended = project_out(p["attention"]["out"]["kernel"], context)
@@ -169,11 +169,15 @@ def decode(
         bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared_bias is None else shared_bias
         self_over = (key_, value, bias, self_mask_BTT)
         if self_QPHK is not None:
-            self_over = with_prefix(self_QPHK, index_BG, *self_over, segments_BT)
+            self_over = with_prefix(
+                self_QPHK, index_BG, *self_over, segments_BT, _mask_of(self_prefix)
+            )
         key_, value = cross_projections(p, encoded_BSD)
         cross_over = (key_, value, None, cross_mask_BTS)
         if cross_QPHK is not None:
-            cross_over = with_prefix(cross_QPHK, index_BG, *cross_over, segments_BT)
+            cross_over = with_prefix(
+                cross_QPHK, index_BG, *cross_over, segments_BT, _mask_of(cross_prefix)
+            )
         x_BTD = decoder_layer(p, config, x_BTD, query, self_over, cross_over, dropout_rate, keys)
         return x_BTD, None
 
@@ -338,6 +342,10 @@ def layers_unrolled(compute: Compute, count: int) -> int:
     """
     unrolled = count if jax.default_backend() == "cpu" and compute.remat == "none" else 1
     return min(compute.scan_unroll or unrolled, count)
+
+
+def _mask_of(prefix: KeysValues | None) -> Array | None:
+    return None if prefix is None else prefix.mask_QP
 
 
 def _layer_keys(key: Array | None, count: int) -> tuple:
