@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxprompt import schema
-from jaxprompt.data.pipeline import DataConfig
+from jaxprompt.data.encoder import DataConfig
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig, read_task
 from jaxprompt.logging import LoggingConfig

@@ -14,7 +14,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxprompt.data.pipeline import Cuts, TaskEncoder, examples_of
+from jaxprompt.data.encoder import Cuts, TaskEncoder
+from jaxprompt.data.pipeline import examples_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
 from jaxprompt.inference import (

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jaxprompt import schema, steps
 from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact
 from jaxprompt.backbone import Backbone, load_backbone
+from jaxprompt.data.encoder import Cuts, DataConfig, TaskEncoder
 from jaxprompt.data.layout import Layout
-from jaxprompt.data.pipeline import Cuts, DataConfig, EvalBatch, TaskEncoder, eval_chunks
+from jaxprompt.data.pipeline import EvalBatch, eval_chunks
 from jaxprompt.data.tasks import Example, Task, TaskConfig, load_task
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts import METHODS, MethodConfig

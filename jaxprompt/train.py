@@ -21,8 +21,9 @@ from jaxprompt.artifact import PromptArtifact, load_artifact, save_artifact
 from jaxprompt.backbone import Backbone, identity_of, load_backbone
 from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.config import RunConfig, dump, load_config
+from jaxprompt.data.encoder import TaskEncoder
 from jaxprompt.data.layout import Layout
-from jaxprompt.data.pipeline import TaskEncoder, TrainBatches
+from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.data.sources import Source, has_split
 from jaxprompt.data.tasks import Task
 from jaxprompt.evaluate import Evaluator

@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import WORDS, tiny_tokenizer
 
+from jaxprompt.data.encoder import Cuts, DataConfig, TaskEncoder
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.packing import EncodedExample
-from jaxprompt.data.pipeline import (
-    Cuts,
-    DataConfig,
-    TaskEncoder,
-    TrainBatches,
-    eval_chunks,
-    examples_of,
-)
+from jaxprompt.data.pipeline import TrainBatches, eval_chunks, examples_of
 from jaxprompt.data.readers import JsonlSource, read_stream
 from jaxprompt.data.stream import BatchStream, Shapes, StreamOptions, row_order
 from jaxprompt.data.tasks import Example, Task, TaskConfig
