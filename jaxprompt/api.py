@@ -15,6 +15,7 @@ from jaxprompt.artifact import BackboneIdentity, PromptArtifact, load_artifact
 from jaxprompt.backbone import Backbone
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.packing import EncodedExample, batch_of_rows
+from jaxprompt.data.pipeline import Asked
 from jaxprompt.data.tasks import Task
 from jaxprompt.data.templates import Hole
 from jaxprompt.inference import (
@@ -143,13 +144,13 @@ def _answers(
     encoder = encoder_of(
         backbone, prompt, task, batch_size=rows, max_target_length=max_target_length
     )
-    answerer = Answerer(prompted.graphdef, encoder)
+    answerer = Answerer(prompted.graphdef, [encoder])
     fields = ({task.text_field: row} if isinstance(row, str) else row for row in inputs)
-    examples = (
-        task.example(dict(row), f"inputs[{number}]", with_target=False)
+    asked = (
+        Asked(task.example(dict(row), f"inputs[{number}]", with_target=False))
         for number, row in enumerate(fields)
     )
-    answered = answerer.answers(prompted.trained, prompted.frozen, examples)
+    answered = answerer.answers(prompted.trained, prompted.frozen, asked)
     return [answer for chunk in answered for _, answer in chunk]
 
 

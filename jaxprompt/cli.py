@@ -170,8 +170,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts",
         metavar="PROMPT",
         nargs="+",
-        help=f"{_PROMPT_HELP}; several are an ensemble by majority vote; {_BARE_HELP}",
+        help=f"{_PROMPT_HELP}; several are an ensemble; {_BARE_HELP}; NAME=PATH gives it a name",
     )
+    _prompt_field_argument(parser)
     _task_argument(parser)
     parser.add_argument(
         "--data", metavar="FILE", help="JSONL, CSV or TSV file to take instead of the task's own"
@@ -188,7 +189,14 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    _prompt_arguments(parser)
+    parser.add_argument(
+        "prompts",
+        metavar="PROMPT",
+        nargs="+",
+        help=f"{_PROMPT_HELP}; NAME=PATH gives it a name; several need --prompt-field",
+    )
+    _prompt_field_argument(parser)
+    _backbone_arguments(parser)
     _task_argument(parser)
     parser.add_argument(
         "--input",
@@ -209,6 +217,15 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _prompt_arguments(parser)
     parser.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="nearest tokens shown per slot (5)"
+    )
+
+
+def _prompt_field_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-field",
+        default="",
+        metavar="F",
+        help="the field of a row that names the one of the prompts which answers it",
     )
 
 

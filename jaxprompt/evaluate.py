@@ -8,24 +8,27 @@ import collections
 import dataclasses
 import functools
 import json
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxprompt.data.encoder import Cuts, TaskEncoder
-from jaxprompt.data.pipeline import examples_of
+from jaxprompt.data.pipeline import Asked, examples_of
 from jaxprompt.data.sources import Source
-from jaxprompt.data.tasks import Task
+from jaxprompt.data.tasks import Example, Task
 from jaxprompt.inference import (
     Answer,
     Answerer,
+    ask_named,
     backbone_of,
     cut_note,
     encoder_of,
     put_on,
-    read_prompt,
+    read_prompts,
     task_of,
 )
 from jaxprompt.logging import table
@@ -49,13 +52,26 @@ class EvalResult:
       targets, predictions: one text an example, in the order of the source.
       groups: which examples are scored together, empty if the task has no groups.
       cuts: what was cut off to fit.
+      scores: of each example, the log-likelihood of every candidate; empty for generated texts.
     """
 
     task: Task
-    targets: Sequence[str]
-    predictions: Sequence[str]
-    groups: Sequence[str]
+    targets: list[str]
+    predictions: list[str]
+    groups: list[str]
     cuts: Cuts
+    scores: list[Mapping[str, float]] = dataclasses.field(default_factory=list)
+
+    def add(self, example: Example, answer: Answer) -> None:
+        """Takes in one more answer; before any metric is asked for."""
+        legal = {_single_spaced(candidate): candidate for candidate in self.task.candidates}
+        target = example.target if legal else _single_spaced(example.target or "")
+        self.targets.append(target or "")
+        self.predictions.append(_prediction(answer, legal))
+        if self.task.config.group:
+            self.groups.append(example.group)
+        if answer.scores:
+            self.scores.append(answer.scores)
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
@@ -107,42 +123,52 @@ class EvalResult:
 
 
 class Evaluator:
-    """Measures trained parameters on the rows of a source; compiled once for each batch shape."""
+    """Measures one prompt or a bank on examples; compiled once for each batch shape."""
 
     def __init__(
         self,
         graphdef: Any,
-        encoder: TaskEncoder,
+        encoders: Sequence[TaskEncoder],
         *,
         mesh: Mesh | None = None,
         input_buckets: Sequence[int] = (),
         generate: bool = False,
     ):
         """Args: as `inference.Answerer`."""
-        self._encoder = encoder
+        self._encoders = list(encoders)
         self._options = {"mesh": mesh, "input_buckets": input_buckets, "generate": generate}
         self._graphdef = graphdef
 
-    def run(self, trained: ArrayTree, frozen: ArrayTree, source: Source) -> EvalResult:
-        """Answers every row of `source`, and keeps the texts.
+    def run(self, trained: ArrayTree, frozen: ArrayTree, source: Source) -> list[EvalResult]:
+        """Every prompt answers every row of `source`; one result for each prompt.
+
+        Raises: UserError for a row that is no example of a prompt's task.
+        """
+        tasks = [encoder.task for encoder in self._encoders]
+        asked = (
+            Asked(example, number)
+            for examples in zip(*(examples_of(task, source) for task in tasks), strict=True)
+            for number, example in enumerate(examples)
+        )
+        return self.run_asked(trained, frozen, asked)
+
+    def run_asked(
+        self, trained: ArrayTree, frozen: ArrayTree, asked: Iterable[Asked]
+    ) -> list[EvalResult]:
+        """Answers examples, each by the prompt it names, and keeps the texts, prompt by prompt.
 
         With candidates the likeliest one is the prediction; without, or with `generate`, the text
         generated, white space made single.
-
-        Raises: UserError for a row that is no example of the task.
         """
-        task = self._encoder.task
-        answerer = Answerer(self._graphdef, self._encoder, **self._options)
-        legal = {_single_spaced(candidate): candidate for candidate in task.candidates}
-        targets, predictions, groups = [], [], []
-        for answered in answerer.answers(trained, frozen, examples_of(task, source)):
-            for example, answer in answered:
-                targets.append(example.target if legal else _single_spaced(example.target or ""))
-                predictions.append(_prediction(answer, legal))
-                groups.append(example.group)
-        return EvalResult(
-            task, targets, predictions, groups if task.config.group else (), answerer.cuts
-        )
+        answerer = Answerer(self._graphdef, self._encoders, **self._options)
+        results = [
+            EvalResult(encoder.task, [], [], [], cuts, [])
+            for encoder, cuts in zip(self._encoders, answerer.cuts, strict=True)
+        ]
+        for answered in answerer.answers(trained, frozen, asked):
+            for (example, prompt), answer in answered:
+                results[prompt].add(example, answer)
+        return results
 
 
 def majority_vote(predictions: Sequence[Sequence[str]]) -> list[str]:
@@ -154,19 +180,44 @@ def majority_vote(predictions: Sequence[Sequence[str]]) -> list[str]:
     return [count.most_common(1)[0][0] for count in votes]
 
 
+def likelihood_vote(scores: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
+    """The candidate that several models together find likeliest, for each example.
+
+    A model's likelihoods are made to sum to 1 over the candidates, then averaged over models; of
+    equals the earliest candidate.
+
+    Args:
+      scores: of each model and example, the log-likelihood of every candidate, in nats.
+    """
+    voted = []
+    for models in zip(*scores, strict=True):
+        candidates = list(models[0])
+        scores_MC = np.array([[model[word] for word in candidates] for model in models], np.float64)
+        likelihoods_MC = np.exp(scores_MC - np.logaddexp.reduce(scores_MC, axis=1, keepdims=True))
+        voted.append(candidates[int(likelihoods_MC.mean(axis=0).argmax())])
+    return voted
+
+
 def main(args: argparse.Namespace) -> None:
-    """The command: `jaxprompt evaluate PROMPT [PROMPT ...] --task T | --data FILE [--json]`."""
-    prompts = [read_prompt(path) for path in args.prompts]
+    """The command: `jaxprompt evaluate PROMPT [PROMPT ...] --task T | --data FILE [--json]`.
+
+    Several prompts answer in the same batches. Each is reported, and then together: mean and best
+    of their scores, majority vote, averaged-likelihood vote. With `--prompt-field F` field F of a
+    row names the one prompt that answers it.
+    """
+    names, prompts = zip(*read_prompts(args.prompts), strict=True)
     named = next((prompt for prompt in prompts if prompt is not None), None)
     if (named is None and not args.task) or (named is not None and not (named.task or args.task)):
         raise UserError(f"{args.prompts[0]} has no task of its own; name one with --task")
-    task, split = _data(task_of(named, args.task), args)
-    source = task.open(split)
+    if args.prompt_field and not args.data:
+        raise UserError("--prompt-field is for rows of one file; name it with --data")
+    owners = prompts if args.prompt_field else [named] * len(prompts)
+    tasks, splits = zip(*(_data(task_of(one, args.task), args) for one in owners), strict=True)
+    source, split = tasks[0].open(splits[0]), splits[0]
     backbone = backbone_of(named, args.backbone, args.dtype)
-    ready = [put_on(backbone, p, allow_other=args.allow_other_backbone) for p in prompts]
-    results = []
-    for path, prompt, prompted in zip(args.prompts, prompts, ready, strict=True):
-        encoder = encoder_of(
+    prompted = put_on(backbone, *prompts, allow_other=args.allow_other_backbone)
+    encoders = [
+        encoder_of(
             backbone,
             prompt,
             task,
@@ -174,18 +225,60 @@ def main(args: argparse.Namespace) -> None:
             max_input_length=args.max_input_length,
             max_target_length=args.max_target_length,
         )
-        evaluator = Evaluator(prompted.graphdef, encoder, generate=args.generate)
-        result = evaluator.run(prompted.trained, prompted.frozen, source)
-        results.append(result)
-        _report(args, {"prompt": path, "backbone": backbone.name, "split": split}, result)
+        for prompt, task in zip(prompts, tasks, strict=True)
+    ]
+    evaluator = Evaluator(prompted.graphdef, encoders, generate=args.generate)
+    if args.prompt_field:
+        rows = ((source[n], source.where(n)) for n in range(len(source)))
+        asked = ask_named(args.prompt_field, names, tasks, rows)
+        results = evaluator.run_asked(prompted.trained, prompted.frozen, asked)
+    else:
+        results = evaluator.run(prompted.trained, prompted.frozen, source)
+    about = {"backbone": backbone.name, "split": split}
+    for name, encoder, result in zip(names, encoders, results, strict=True):
+        if result.targets:
+            _report(args, {"prompt": name, **about}, result)
         note = cut_note(result.cuts, encoder.config.max_input_length)
         if note:
             print(note, file=sys.stderr)
-    if len(results) > 1:
-        voted = majority_vote([result.predictions for result in results])
-        together = dataclasses.replace(results[0], predictions=voted)
-        about = {"prompt": args.prompts, "backbone": backbone.name, "split": split}
-        _report(args, about, together)
+    if len(results) > 1 and not args.prompt_field:
+        _report_together(args, {"prompt": list(names), **about}, results)
+
+
+def _report_together(
+    args: argparse.Namespace, about: Mapping[str, Any], results: Sequence[EvalResult]
+) -> None:
+    """The votes of several prompts, and the mean and best of their own scores."""
+    votes = {"majority": majority_vote([result.predictions for result in results])}
+    if all(result.scores for result in results):
+        votes["likelihood"] = likelihood_vote([result.scores for result in results])
+    voted = {
+        vote: dataclasses.replace(results[0], predictions=predictions, scores=[])
+        for vote, predictions in votes.items()
+    }
+    for vote, result in voted.items():
+        _report(args, {**about, "vote": vote}, result)
+    names = list(results[0].metrics)
+    values = {name: [result.metrics[name] for result in results] for name in names}
+    summary = {
+        name: {
+            "mean": statistics.fmean(each),
+            "stdev": statistics.stdev(each),
+            "best": max(each),
+            **{f"{vote}_vote": result.metrics[name] for vote, result in voted.items()},
+        }
+        for name, each in values.items()
+    }
+    if args.json:
+        rounded = {
+            name: {key: round(value, 4) for key, value in parts.items()}
+            for name, parts in summary.items()
+        }
+        print(json.dumps({**about, "together": rounded}, ensure_ascii=False), flush=True)
+        return
+    rows = [[word.replace("_", " "), *(summary[name][word] for name in names)]
+            for word in summary[names[0]]]  # fmt: skip
+    print(f"\n{table(rows, header=[f'{len(results)} prompts, %', *names])}")
 
 
 def _data(task: Task, args: argparse.Namespace) -> tuple[Task, str]:
@@ -209,7 +302,7 @@ def _report(args: argparse.Namespace, about: Mapping[str, Any], result: EvalResu
         print(json.dumps(told, ensure_ascii=False), flush=True)
         return
     prompt = told["prompt"]
-    who = prompt if isinstance(prompt, str) else f"majority vote of {len(prompt)} prompts"
+    who = prompt if isinstance(prompt, str) else f"{told['vote']} vote of {len(prompt)} prompts"
     print(
         f"\n{who} over {told['backbone']}, {told['task']} {told['split']}, "
         f"{told['examples']:,} examples"

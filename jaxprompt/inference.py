@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,15 @@ from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.data.encoder import Cuts, DataConfig, TaskEncoder
 from jaxprompt.data.layout import Layout
-from jaxprompt.data.pipeline import EvalBatch, eval_chunks
-from jaxprompt.data.tasks import Example, Task, TaskConfig, load_task
+from jaxprompt.data.pipeline import Asked, EvalBatch, eval_chunks
+from jaxprompt.data.readers import Fields
+from jaxprompt.data.tasks import Task, TaskConfig, load_task
+from jaxprompt.data.templates import lookup
 from jaxprompt.model import PromptedT5
-from jaxprompt.prompts import METHODS, MethodConfig
+from jaxprompt.prompts import METHODS, MethodConfig, NoPrompt, PromptMethod
+from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.sharding import replicate, shard_batch
+from jaxprompt.t5.decode import Generated
 from jaxprompt.trees import split
 from jaxprompt.typing import ArrayTree, Batch, UserError
 
@@ -49,15 +54,15 @@ class Answer:
 
 
 class Answerer:
-    """Answers a task's examples: ranks its candidates, or generates greedily where it has none.
+    """Answers examples: ranks the candidates of their task, or generates greedily if it has none.
 
-    Attributes: encoder; cuts, counts of what was cut off to fit so far.
+    Attributes: encoders; cuts, of each prompt, counts of what was cut off to fit so far.
     """
 
     def __init__(
         self,
         graphdef: Any,
-        encoder: TaskEncoder,
+        encoders: Sequence[TaskEncoder],
         *,
         mesh: Mesh | None = None,
         input_buckets: Sequence[int] = (),
@@ -67,27 +72,27 @@ class Answerer:
         """
         Args:
           graphdef: of a `PromptedT5`, from `trees.split`.
-          encoder: the task with its layout, vocabulary and lengths.
+          encoders: of each of its prompts, the task with its layout, vocabulary and lengths.
           mesh: spreads the rows of a batch over devices.
           input_buckets: lengths to pad to, as `eval_chunks` takes them.
           generate: generate even if the task has candidates.
           chunk_batches: batches made, and answered, at a time.
         """
-        self.encoder, self.cuts = encoder, Cuts()
+        self.encoders, self.cuts = list(encoders), [Cuts() for _ in encoders]
         self._graphdef, self._mesh = graphdef, mesh
         self._input_buckets, self._chunk_batches = tuple(input_buckets), chunk_batches
-        self._generates = generate or not encoder.candidate_ids
+        self._generate = generate
 
     def answers(
-        self, trained: ArrayTree, frozen: ArrayTree, examples: Iterable[Example]
-    ) -> Iterator[list[tuple[Example, Answer]]]:
+        self, trained: ArrayTree, frozen: ArrayTree, asked: Iterable[Asked]
+    ) -> Iterator[list[tuple[Asked, Answer]]]:
         """Examples with their answers, in the order given, chunk by chunk as they are read."""
         chunks = eval_chunks(
-            self.encoder,
-            examples,
+            self.encoders,
+            asked,
+            generate=self._generate,
             input_buckets=self._input_buckets,
             chunk_batches=self._chunk_batches,
-            packed=self.encoder.config.packing and not self._generates,
             row_multiple=1 if self._mesh is None else self._mesh.shape["data"],
             cuts=self.cuts,
         )
@@ -95,14 +100,14 @@ class Answerer:
             results = [self._run(trained, frozen, batch) for batch in chunk.batches]
             answers: dict[int, Answer] = {}
             for made, result in zip(chunk.batches, results, strict=True):
-                answers |= self._told(result, np.asarray(made.batch.example_index_BG))
-            yield [(example, answers[at]) for at, example in enumerate(chunk.examples)]
+                answers |= self._told(result, made.batch)
+            yield [(one, answers[at]) for at, one in enumerate(chunk.asked)]
 
     def _run(self, trained: ArrayTree, frozen: ArrayTree, made: EvalBatch) -> Any:
         """Starts a batch on the device; does not wait for it."""
-        batch = self._put(_with_beginning(made.batch, self.encoder.start_id))
-        if self._generates:
-            longest = self.encoder.config.max_target_length
+        batch = self._put(_with_beginning(made.batch, self.encoders[0].start_id))
+        if made.candidates is None:
+            longest = made.max_new_tokens
             return _generate(self._graphdef, trained, frozen, batch, max_new_tokens=longest)
         candidates = self._put(made.candidates, axis=1)
         return _scores(self._graphdef, trained, frozen, batch, candidates)
@@ -112,11 +117,12 @@ class Answerer:
             return jax.device_put(tree)
         return shard_batch(self._mesh, tree, axis)
 
-    def _told(self, result: Any, index_BG: np.ndarray) -> dict[int, Answer]:
+    def _told(self, result: Any, batch: Batch) -> dict[int, Answer]:
         """Answers to a batch's examples by their numbers, -1 for none."""
+        index_BG = np.asarray(batch.example_index_BG)
         result = jax.device_get(result if self._mesh is None else replicate(self._mesh, result))
-        if self._generates:
-            texts = map(self.encoder.tokenizer.decode, result.ids_BT.tolist())
+        if isinstance(result, Generated):
+            texts = map(self.encoders[0].tokenizer.decode, result.ids_BT.tolist())
             scores, ended = result.log_likelihood_B.tolist(), result.ended_B.tolist()
             return {
                 index: Answer(text, score, complete=end)
@@ -124,20 +130,23 @@ class Answerer:
                     index_BG[:, 0].tolist(), texts, scores, ended, strict=True
                 )
             }
-        candidates = self.encoder.task.candidates
         answers = {}
-        for index, scores_C in zip(
-            index_BG.ravel().tolist(), result.reshape(-1, len(candidates)), strict=True
+        for index, prompt, scores_C in zip(
+            index_BG.ravel().tolist(),
+            np.ravel(batch.prompt_index_BG).tolist(),
+            result.reshape(-1, result.shape[-1]),
+            strict=True,
         ):
-            best = int(scores_C.argmax())
-            scores = dict(zip(candidates, scores_C.tolist(), strict=True))
+            candidates = self.encoders[prompt].task.candidates
+            best = int(scores_C[: len(candidates)].argmax())
+            scores = dict(zip(candidates, scores_C.tolist(), strict=False))
             answers[index] = Answer(candidates[best], float(scores_C[best]), scores)
         return answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompted:
-    """A prompt on a backbone, taken apart as the compiled programs want it."""
+    """One prompt or a bank on a backbone, taken apart as the compiled programs want it."""
 
     graphdef: Any
     trained: ArrayTree
@@ -145,23 +154,73 @@ class Prompted:
 
 
 def put_on(
-    backbone: Backbone, prompt: PromptArtifact | None, *, allow_other: bool = False
+    backbone: Backbone, *prompts: PromptArtifact | None, allow_other: bool = False
 ) -> Prompted:
-    """Puts a prompt on a backbone.
+    """Puts one prompt, or several as a bank, on a backbone.
 
     Args:
-      prompt: None = the bare backbone.
+      prompts: None = the bare backbone.
       allow_other: accept another backbone than the prompt was trained with, where shapes allow.
-    Raises: UserError for a backbone that the prompt does not belong to, or an unknown method.
+    Raises: UserError for a backbone that a prompt does not belong to, an unknown method, or
+      prompts of different methods.
     """
+    methods = [_method(backbone, prompt, allow_other) for prompt in prompts]
+    method = methods[0] if len(methods) == 1 else PromptBank(methods)
+    return Prompted(*split(PromptedT5(backbone.module(), method)))
+
+
+def _method(backbone: Backbone, prompt: PromptArtifact | None, allow_other: bool) -> PromptMethod:
     if prompt is None:
-        return Prompted(*split(PromptedT5(backbone.module())))
+        return NoPrompt()
     check_backbone(
         prompt, backbone.name, backbone.fingerprint, backbone.config.d_model, allow_other
     )
     config = method_config(prompt)
-    method = METHODS[config.name].make(jax.device_put(dict(prompt.values)), config)
-    return Prompted(*split(PromptedT5(backbone.module(), method)))
+    return METHODS[config.name].make(jax.device_put(dict(prompt.values)), config)
+
+
+def read_prompts(words: Sequence[str]) -> list[tuple[str, PromptArtifact | None]]:
+    """Prompts with their names, from words `PATH` (a path is its own name) or `NAME=PATH`.
+
+    Raises: UserError as `load_artifact`.
+    """
+    prompts = []
+    for word in words:
+        name, separator, path = word.partition("=")
+        if not separator or os.path.exists(word):
+            name = path = word
+        prompts.append((name, read_prompt(path)))
+    return prompts
+
+
+def ask_named(
+    field: str,
+    names: Sequence[str],
+    tasks: Sequence[Task],
+    rows: Iterable[tuple[Fields, str]],
+    *,
+    with_target: bool = True,
+) -> Iterator[Asked]:
+    """Examples of rows that name their prompt in a field.
+
+    Args:
+      names, tasks: of each prompt of the bank.
+      rows: fields, and where they stand.
+    Raises: UserError for a row without the field or with the name of no prompt, or for two prompts
+      of one name.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    if len(numbers) < len(names):
+        twice = next(name for number, name in enumerate(names) if numbers[name] != number)
+        raise UserError(f"two prompts are called {twice!r}; call one of them NAME=PATH")
+    for row, where in rows:
+        name = str(lookup(row, field, where))
+        if name not in numbers:
+            raise UserError(
+                f"{where}: field {field!r} names prompt {name!r}, which was not given; there are "
+                f"{', '.join(numbers)}"
+            )
+        yield Asked(tasks[numbers[name]].example(row, where, with_target), numbers[name])
 
 
 def read_prompt(path: str) -> PromptArtifact | None:

@@ -137,7 +137,7 @@ def train(config: RunConfig) -> TrainResult:
         row_multiple=mesh.shape["data"] * config.train.accumulate,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    evaluator = Evaluator(graphdef, encoder, mesh=mesh, input_buckets=batches.input_buckets)
+    evaluator = Evaluator(graphdef, [encoder], mesh=mesh, input_buckets=batches.input_buckets)
     score_name = config.train.metric or task.metrics[0]
     cuts: dict[str, Mapping[str, int]] = {}
 
@@ -155,7 +155,7 @@ def train(config: RunConfig) -> TrainResult:
         save_artifact(place, artifact_of(config, backbone, trained["method"], provenance))
 
     def evaluate(number: int, trained: ArrayTree) -> dict[str, float]:
-        result = evaluator.run(trained, frozen, validation)
+        (result,) = evaluator.run(trained, frozen, validation)
         metrics, cuts["validation"] = result.metrics, result.cuts.report()
         keep(directory / "prompt", number, trained, metrics)
         score = metrics[score_name] if config.train.metric else _mean(metrics, task.metrics)
@@ -186,7 +186,7 @@ def train(config: RunConfig) -> TrainResult:
                 logger.note(_packing(batches))
             if not progress.baselines:
                 bare_encoder = _encoder(config, task, Layout.parse(config.layout, 0), backbone)
-                bare = Evaluator(bare_graphdef, bare_encoder, mesh=mesh).run(
+                (bare,) = Evaluator(bare_graphdef, [bare_encoder], mesh=mesh).run(
                     {}, bare_frozen, validation
                 )
                 progress.baselines = {"bare": bare.metrics, "majority": bare.majority}

@@ -11,10 +11,11 @@ import pytest
 from tiny_backbone import TASK, make_prompt, make_rows, write_backbone, write_prompt, write_rows
 
 import jaxprompt as jp
+from jaxprompt.artifact import PromptArtifact
 from jaxprompt.backbone import Backbone
 from jaxprompt.cli import main
 from jaxprompt.data.readers import JsonlSource
-from jaxprompt.evaluate import EvalResult, Evaluator, majority_vote
+from jaxprompt.evaluate import EvalResult, Evaluator, likelihood_vote, majority_vote
 from jaxprompt.inference import encoder_of, put_on, task_of
 from jaxprompt.model import PromptedT5
 from jaxprompt.sharding import make_mesh
@@ -46,8 +47,9 @@ def evaluate(
     prompted = put_on(backbone, prompt)
     encoder = encoder_of(backbone, prompt, task_of(prompt), batch_size=batch_size)
     encoder.config = dataclasses.replace(encoder.config, packing=packing)
-    evaluator = Evaluator(prompted.graphdef, encoder, **options)
-    return evaluator.run(prompted.trained, prompted.frozen, JsonlSource(place / "rows.jsonl"))
+    evaluator = Evaluator(prompted.graphdef, [encoder], **options)
+    (result,) = evaluator.run(prompted.trained, prompted.frozen, JsonlSource(place / "rows.jsonl"))
+    return result
 
 
 def test_the_likeliest_candidate_is_predicted_whatever_the_batch(place: Path, backbone: Backbone):
@@ -121,8 +123,8 @@ def test_a_task_without_candidates_is_scored_by_exact_match(place: Path, backbon
     rows = [{"text": t, "said": f" {s} "} for t, s in zip(texts, targets, strict=True)]
     source = JsonlSource(write_rows(place / "free.jsonl", rows))
     prompted = put_on(backbone, prompt)
-    evaluator = Evaluator(prompted.graphdef, encoder_of(backbone, prompt, task_of(prompt)))
-    result = evaluator.run(prompted.trained, prompted.frozen, source)
+    evaluator = Evaluator(prompted.graphdef, [encoder_of(backbone, prompt, task_of(prompt))])
+    (result,) = evaluator.run(prompted.trained, prompted.frozen, source)
     assert result.metrics == {"exact_match": pytest.approx(100 * 4 / 6)}
     assert "illegal" not in result.summary()
 
@@ -131,9 +133,9 @@ def test_groups_reach_the_metrics(place: Path, backbone: Backbone):
     task = TASK | {"group": "{label}", "metrics": ["group_exact_match"]}
     prompt = make_prompt(place / "backbone-0", task=task)
     prompted = put_on(backbone, prompt)
-    evaluator = Evaluator(prompted.graphdef, encoder_of(backbone, prompt, task_of(prompt)))
+    evaluator = Evaluator(prompted.graphdef, [encoder_of(backbone, prompt, task_of(prompt))])
     source = JsonlSource(place / "rows.jsonl")
-    result = evaluator.run(prompted.trained, prompted.frozen, source)
+    (result,) = evaluator.run(prompted.trained, prompted.frozen, source)
     assert result.groups == [row["label"] for row in ROWS]
     assert 0 <= result.metrics["group_exact_match"] <= 100
 
@@ -177,10 +179,93 @@ def test_command_table_and_cut_inputs(place: Path, capsys: pytest.CaptureFixture
 def test_command_ensemble(place: Path, capsys: pytest.CaptureFixture[str]):
     names = [str(place / f"prompt-{seed}") for seed in (0, 1, 0)]
     code, out, _ = run(capsys, "evaluate", *names, "--data", place / "rows.jsonl", "--json")
-    first, second, third, together = map(json.loads, out.splitlines())
-    assert code == 0 and together["prompt"] == names
+    first, second, third, majority, likelihood, together = map(json.loads, out.splitlines())
+    assert code == 0 and majority["prompt"] == together["prompt"] == names
     assert first["predictions"] != second["predictions"]
-    assert together["predictions"] == third["predictions"]  # two of three votes
+    assert majority["predictions"] == third["predictions"]  # two of three votes
+    assert (majority["vote"], likelihood["vote"]) == ("majority", "likelihood")
+    each = [told["scores"]["accuracy"]["value"] for told in (first, second, third)]
+    accuracy = together["together"]["accuracy"]
+    assert accuracy["mean"] == pytest.approx(np.mean(each), abs=1e-4)
+    assert accuracy["stdev"] == pytest.approx(np.std(each, ddof=1), abs=1e-4)
+    assert accuracy["best"] == max(each)
+    assert accuracy["likelihood_vote"] == likelihood["scores"]["accuracy"]["value"]
+
+
+def test_command_ensemble_for_people(place: Path, capsys: pytest.CaptureFixture[str]):
+    names = [str(place / f"prompt-{seed}") for seed in (0, 1)]
+    code, out, _ = run(capsys, "evaluate", *names, "--data", place / "rows.jsonl")
+    assert code == 0 and "likelihood vote of 2 prompts over" in out
+    for row in ("2 prompts, %", "mean", "stdev", "best", "majority vote", "likelihood vote"):
+        assert row in out.split("likelihood vote of 2 prompts over")[1]
+
+
+def test_prompts_of_an_ensemble_say_what_each_says_alone(place: Path, backbone: Backbone):
+    """Three prompts of other lengths in one batch, and the bare backbone."""
+    prompts = [
+        None,
+        *(make_prompt(place / "backbone-0", seed=seed, slots=slots)
+          for seed, slots in ((0, 3), (1, 5), (2, 1))),
+    ]  # fmt: skip
+    source, task = JsonlSource(place / "rows.jsonl"), task_of(prompts[1])
+
+    def results(*chosen: PromptArtifact | None, **options: Any) -> list[EvalResult]:
+        prompted = put_on(backbone, *chosen)
+        encoders = [encoder_of(backbone, prompt, task, batch_size=8) for prompt in chosen]
+        evaluator = Evaluator(prompted.graphdef, encoders, **options)
+        return evaluator.run(prompted.trained, prompted.frozen, source)
+
+    for together, prompt in zip(results(*prompts), prompts, strict=True):
+        (alone,) = results(prompt)
+        for got, want in zip(together.scores, alone.scores, strict=True):
+            assert got == pytest.approx(want, abs=1e-5)
+    said = [result.predictions for result in results(*prompts, generate=True)]
+    assert said == [results(prompt, generate=True)[0].predictions for prompt in prompts]
+
+
+def test_likelihoods_are_averaged_over_prompts():
+    """The sure one outvotes two that hardly know; raw likelihoods of long answers do not count."""
+    log = np.log
+    scores = [
+        [{"a": log(0.98) - 50, "b": log(0.02) - 50}],
+        [{"a": log(0.4), "b": log(0.6)}],
+        [{"a": log(0.45), "b": log(0.55)}],
+    ]
+    assert likelihood_vote(scores) == ["a"]
+    assert likelihood_vote(scores[1:]) == ["b"]
+
+
+def test_rows_name_their_prompt(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Prompts of two tasks over one file, each scored on its own rows as if alone."""
+    other = TASK | {"name": "other", "labels": {"0": "good", "1": "great"}}
+    write_prompt(tmp_path / "other", place / "backbone-0", seed=1, task=other, slots=5)
+    rows = [row | {"label": str(number % 2), "use": ("one", "two")[number % 2]}
+            for number, row in enumerate(ROWS)]  # fmt: skip
+    words = {"one": place / "prompt-0", "two": tmp_path / "other"}
+    given = [f"{name}={path}" for name, path in words.items()]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    field = ("--prompt-field", "use", "--json")
+    code, out, err = run(capsys, "evaluate", *given, "--data", data, *field)
+    assert code == 0, err
+    for told, (name, path) in zip(map(json.loads, out.splitlines()), words.items(), strict=True):
+        own = write_rows(tmp_path / f"{name}.jsonl", [row for row in rows if row["use"] == name])
+        _, alone, _ = run(capsys, "evaluate", path, "--data", own, "--json")
+        told_alone = json.loads(alone)
+        assert told["prompt"] == name
+        assert {**told, "prompt": 0, "split": 0} == {**told_alone, "prompt": 0, "split": 0}
+
+
+def test_rows_that_name_no_prompt_are_refused(place: Path, capsys: pytest.CaptureFixture[str]):
+    path = place / "prompt-0"
+    data = ("--data", place / "rows.jsonl")
+    for argv, sentence in (
+        ((f"a={path}", *data, "--prompt-field", "text"), "which was not given; there are a"),
+        ((f"a={path}", *data, "--prompt-field", "use"), "has no field 'use'"),
+        ((f"a={path}", f"a={path}", *data, "--prompt-field", "text"), "two prompts are called 'a'"),
+        ((path, "--prompt-field", "text"), "name it with --data"),
+    ):
+        code, _, err = run(capsys, "evaluate", *argv)
+        assert code == 2 and sentence in err and err.count("\n") == 1, err
 
 
 def test_command_bare_backbone(place: Path, capsys: pytest.CaptureFixture[str]):

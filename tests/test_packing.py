@@ -125,7 +125,7 @@ def test_candidates_stand_where_the_targets_would():
     rows = [[examples[0], examples[1]], [examples[2]]]
     answers = [[60, 1], [61, 62, 1]]
     candidates = candidates_of_rows(
-        rows, answers, batch_size=3, target_length=6, pad_id=PAD, start_id=START
+        rows, [answers] * 4, batch_size=3, target_length=6, pad_id=PAD, start_id=START
     )
     for number, answer in enumerate(answers):
         swapped = [

@@ -2,6 +2,7 @@ import gc
 import itertools
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from tiny_tokenizer import WORDS, tiny_tokenizer
 from jaxprompt.data.encoder import Cuts, DataConfig, TaskEncoder
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.packing import EncodedExample
-from jaxprompt.data.pipeline import TrainBatches, eval_chunks, examples_of
+from jaxprompt.data.pipeline import Asked, TrainBatches, eval_chunks, examples_of
 from jaxprompt.data.readers import JsonlSource, read_stream
 from jaxprompt.data.stream import BatchStream, Shapes, StreamOptions, row_order
 from jaxprompt.data.tasks import Example, Task, TaskConfig
@@ -33,6 +34,10 @@ def write_rows(path: Path, count: int, seed: int = 0) -> JsonlSource:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return JsonlSource(path)
+
+
+def asked_of(encoder: TaskEncoder, source: JsonlSource) -> Iterator[Asked]:
+    return map(Asked, examples_of(encoder.task, source))
 
 
 def encoder_of(task: TaskConfig | None = None, slots: int = 3, **data) -> TaskEncoder:
@@ -357,11 +362,11 @@ def test_data_options_out_of_range(options: dict, message: str):
 
 
 def test_eval_chunks_hold_every_example_once_in_full_shapes(tmp_path: Path):
-    encoder = encoder_of()
+    encoder = encoder_of(packing=False)
     source = write_rows(tmp_path / "a.jsonl", 23)
-    chunks = list(eval_chunks(encoder, examples_of(encoder.task, source), chunk_batches=2))
-    assert [len(chunk.examples) for chunk in chunks] == [8, 8, 7]
-    texts = [example.fields["text"] for chunk in chunks for example in chunk.examples]
+    chunks = list(eval_chunks([encoder], asked_of(encoder, source), chunk_batches=2))
+    assert [len(chunk.asked) for chunk in chunks] == [8, 8, 7]
+    texts = [one.example.fields["text"] for chunk in chunks for one in chunk.asked]
     assert texts == [source[i]["text"] for i in range(23)]
     for chunk in chunks:
         assert len(chunk.batches) == 2
@@ -374,15 +379,15 @@ def test_eval_chunks_hold_every_example_once_in_full_shapes(tmp_path: Path):
                 assert (index < 0) == (not segments.any())
                 if index >= 0:
                     ids = batch.encoder_ids_BS[number][segments == 1]
-                    assert encoder.tokenizer.decode(ids) == chunk.examples[index].input_text
+                    assert encoder.tokenizer.decode(ids) == chunk.asked[index].example.input_text
                     seen.append(int(index))
-        assert sorted(seen) == list(range(len(chunk.examples)))
+        assert sorted(seen) == list(range(len(chunk.asked)))
 
 
 def test_candidates_come_with_every_batch(tmp_path: Path):
-    encoder = encoder_of(TaskConfig(candidates=("positive", "not positive")))
+    encoder = encoder_of(TaskConfig(candidates=("positive", "not positive")), packing=False)
     examples = [Example.of_text("a good film"), Example.of_text("bad")]
-    (chunk,) = eval_chunks(encoder, examples)
+    (chunk,) = eval_chunks([encoder], map(Asked, examples))
     (evaluated,) = chunk.batches
     candidates = evaluated.candidates
     assert candidates is not None
@@ -399,21 +404,17 @@ def test_free_generation_has_no_candidates_and_pads_targets_to_powers_of_two(tmp
     encoder = encoder_of(TaskConfig(target="{label}"), max_target_length=20)
     assert encoder.target_buckets == (8, 16, 20)
     source = write_rows(tmp_path / "a.jsonl", 3)
-    (chunk,) = eval_chunks(encoder, examples_of(encoder.task, source))
+    (chunk,) = eval_chunks([encoder], asked_of(encoder, source))
     assert chunk.batches[0].candidates is None
     assert chunk.batches[0].batch.targets_BT.shape == (4, 8)
 
 
 def test_processes_share_eval_batches(tmp_path: Path):
-    encoder = encoder_of()
+    encoder = encoder_of(packing=False)
     source = write_rows(tmp_path / "a.jsonl", 10)
-    whole = list(eval_chunks(encoder, examples_of(encoder.task, source)))
+    whole = list(eval_chunks([encoder], asked_of(encoder, source)))
     parts = [
-        list(
-            eval_chunks(
-                encoder, examples_of(encoder.task, source), process_index=i, process_count=2
-            )
-        )
+        list(eval_chunks([encoder], asked_of(encoder, source), process_index=i, process_count=2))
         for i in (0, 1)
     ]
     for chunk, left, right in zip(whole, *parts, strict=True):
@@ -432,9 +433,9 @@ def test_streams_are_read_a_chunk_at_a_time():
     def rows():
         for number in itertools.count():
             asked.append(number)
-            yield Example.of_text("good film")
+            yield Asked(Example.of_text("good film"))
 
-    chunks = eval_chunks(encoder_of(), rows(), chunk_batches=2)
+    chunks = eval_chunks([encoder_of()], rows(), chunk_batches=2)
     next(chunks)
     next(chunks)
     assert len(asked) == 16
@@ -444,16 +445,16 @@ def test_streams_are_read_a_chunk_at_a_time():
 def test_prediction_reads_text_lines_into_the_task_s_field(tmp_path: Path):
     path = tmp_path / "in.txt"
     path.write_text("good film\n\n" + "bad food " * 40 + "\n")
-    encoder = encoder_of(TaskConfig(input="review: {sentence}", candidates=LABELS))
+    encoder = encoder_of(TaskConfig(input="review: {sentence}", candidates=LABELS), packing=False)
     field = encoder.task.text_field
     examples = (
         encoder.task.example(row, where, with_target=False)
         for row, where in read_stream(path, field)
     )
     cuts = Cuts()
-    (chunk,) = eval_chunks(encoder, examples, cuts=cuts)
-    assert [example.where for example in chunk.examples] == [f"{path}:1", f"{path}:3"]
-    assert chunk.examples[0].input_text == "review: good film"
+    (chunk,) = eval_chunks([encoder], map(Asked, examples), cuts=[cuts])
+    assert [one.example.where for one in chunk.asked] == [f"{path}:1", f"{path}:3"]
+    assert chunk.asked[0].example.input_text == "review: good film"
     assert (cuts.examples, cuts.cut_inputs) == (2, 1)
     assert chunk.batches[0].batch.encoder_ids_BS.shape == (4, 48)
     assert encoder.stream_buckets == (35, 48)

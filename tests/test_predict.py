@@ -15,6 +15,7 @@ from tiny_backbone import make_prompt, make_rows, write_backbone, write_prompt, 
 import jaxprompt as jp
 from jaxprompt.backbone import Backbone
 from jaxprompt.cli import main
+from jaxprompt.data.pipeline import Asked
 from jaxprompt.data.tasks import Example
 from jaxprompt.inference import Answerer, encoder_of, put_on, task_of
 
@@ -119,10 +120,10 @@ def test_json_with_an_output_file_is_a_summary(
     assert f"{told['cut_inputs']} of 70 inputs were cut to 8 tokens" in err
 
 
-def endless(read: list[int]) -> Iterator[Example]:
+def endless(read: list[int]) -> Iterator[Asked]:
     for number in itertools.count():
         read.append(number)
-        yield Example.of_text(TEXTS[number % len(TEXTS)])
+        yield Asked(Example.of_text(TEXTS[number % len(TEXTS)]))
 
 
 def test_rows_are_read_no_faster_than_they_are_answered(place: Path, backbone: Backbone):
@@ -130,7 +131,7 @@ def test_rows_are_read_no_faster_than_they_are_answered(place: Path, backbone: B
     prompted = put_on(backbone, prompt)
     encoder = encoder_of(backbone, prompt, task_of(prompt), batch_size=2)
     read: list[int] = []
-    answers = Answerer(prompted.graphdef, encoder, chunk_batches=3).answers(
+    answers = Answerer(prompted.graphdef, [encoder], chunk_batches=3).answers(
         prompted.trained, prompted.frozen, endless(read)
     )
     for chunk in (1, 2, 3):
@@ -206,3 +207,48 @@ def test_a_row_may_have_a_field_called_input(
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a film", "input": {"kept": [1]}}])
     _, out, _ = run(capsys, place / "ranks", "--input", rows)
     assert json.loads(out)["input"] == {"kept": [1]}
+
+
+def test_one_stream_for_prompts_that_rank_and_prompts_that_write(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Rows name their prompt; each answer is what that prompt alone says, in the rows' order."""
+    other = {"input": "in the {text}", "labels": {"0": "good", "1": "bad"}}
+    write_prompt(tmp_path / "other", place / "backbone-0", seed=1, task=other, slots=5)
+    prompts = {"a": place / "ranks", "b": tmp_path / "other", "c": place / "writes"}
+    rows = [{**row, "use": "abc"[number % 3]} for number, row in enumerate(ROWS)]
+    told = {}
+    for name, path in prompts.items():
+        own = write_rows(tmp_path / f"{name}.jsonl", [row for row in rows if row["use"] == name])
+        assert run(capsys, path, "--input", own, "--output", tmp_path / "out", *BATCH)[0] == 0
+        for line in (tmp_path / "out").read_text().splitlines():
+            told[json.loads(line)["id"]] = json.loads(line)
+    given = [f"{name}={path}" for name, path in prompts.items()]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    code, out, err = run(capsys, *given, "--input", data, "--prompt-field", "use", *BATCH)
+    assert code == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in ROWS]
+    for line in lines:
+        alone = told[line["id"]]
+        assert line["prediction"] == alone["prediction"]
+        assert line["score"] == pytest.approx(alone["score"], abs=2e-5)
+        assert line.get("scores", {}) == pytest.approx(alone.get("scores", {}), abs=2e-5)
+
+
+def test_several_prompts_need_a_field_that_names_them(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given = [f"a={place / 'ranks'}", f"b={place / 'writes'}"]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("good film\n")
+    for argv, sentence in (
+        (("--input", place / "rows.jsonl"), "2 prompts are given; --prompt-field says which"),
+        (("--input", lines, "--prompt-field", "use"), "is plain text, which has no field 'use'"),
+        (
+            ("--input", place / "rows.jsonl", "--prompt-field", "label"),
+            "which was not given; there are a, b",
+        ),
+    ):
+        code, out, err = run(capsys, *given, *argv)
+        assert code == 2 and out == "" and sentence in err, err

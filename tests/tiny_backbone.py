@@ -49,12 +49,13 @@ def make_prompt(
     task: Mapping[str, Any] = TASK,
     layout: str = "{prompt}{input}",
     seed: int = 0,
+    slots: int = SLOTS,
     **training: Any,
 ) -> PromptArtifact:
-    """A random soft prompt of SLOTS slots."""
-    values = np.random.default_rng(seed).normal(size=(SLOTS, CONFIG.d_model)).astype(np.float32)
+    """A random soft prompt."""
+    values = np.random.default_rng(seed).normal(size=(slots, CONFIG.d_model)).astype(np.float32)
     return PromptArtifact(
-        method={"name": "soft", "length": SLOTS},
+        method={"name": "soft", "length": slots},
         layout=layout,
         task=dict(task),
         backbone=BackboneIdentity(

@@ -126,10 +126,13 @@ class TaskEncoder:
         )
 
     def encode(
-        self, examples: Sequence[Example], indices: Sequence[int], cuts: Cuts
+        self, examples: Sequence[Example], indices: Sequence[int], cuts: Cuts, prompt: int = 0
     ) -> list[EncodedExample]:
         """Both sides of examples; no target gives no target ids. Adds to `cuts`.
 
+        Args:
+          indices: the examples' numbers.
+          prompt: the number of their prompt in a bank.
         Raises: UserError for an input or target that tokenises to nothing.
         """
         targets = self.tokenizer.encode_many([example.target or "" for example in examples])
@@ -146,8 +149,13 @@ class TaskEncoder:
             cuts.cut_targets += len(ids) > room
             cuts.cut_target_tokens += max(0, len(ids) - room)
             target_ids = [*ids[:room], self.tokenizer.eos_id] if ids else []
-            encoded.append(EncodedExample(row.ids, row.slots, target_ids, index))
+            encoded.append(EncodedExample(row.ids, row.slots, target_ids, index, prompt))
         return encoded
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Encoder and decoder length that an example may have."""
+        return self.config.max_input_length, self.target_buckets[-1]
 
     @property
     def target_buckets(self) -> tuple[int, ...]:
@@ -172,18 +180,6 @@ class TaskEncoder:
         examples = [self.task.example(source[int(i)], source.where(int(i))) for i in places]
         return sizes_of(self.encode(examples, [0] * len(places), Cuts()))
 
-    def packed_shapes(self, sizes: np.ndarray, examples: int, row_multiple: int = 1) -> Shapes:
-        """Packed rows for about so many examples a batch, chosen by the sizes of a sample."""
-        shape = fitted_rows(
-            sizes,
-            examples,
-            (self.config.max_input_length, self.target_buckets[-1]),
-            input_length=self.config.pack_length,
-            row_multiple=row_multiple,
-            length_multiple=self.config.bucket_multiple,
-        )
-        return Shapes(shape.rows, (shape.input_length,), (shape.target_length,), shape.max_segments)
-
     def input_buckets(self, sizes: np.ndarray) -> tuple[int, ...]:
         """The configured input lengths, or those that pad the batches of a sample least."""
         config = self.config
@@ -197,3 +193,25 @@ class TaskEncoder:
         return fitted_buckets(
             longest_of_batches, config.max_input_length, config.bucket_multiple, config.bucket_count
         )
+
+
+def packed_shapes(
+    config: DataConfig,
+    longest: tuple[int, int],
+    sizes: np.ndarray,
+    examples: int,
+    row_multiple: int = 1,
+) -> Shapes:
+    """Packed rows for about so many examples a batch, chosen by the sizes of a sample.
+
+    Args: `longest` and `sizes` as `packing.fitted_rows` takes them.
+    """
+    shape = fitted_rows(
+        sizes,
+        examples,
+        longest,
+        input_length=config.pack_length,
+        row_multiple=row_multiple,
+        length_multiple=config.bucket_multiple,
+    )
+    return Shapes(shape.rows, (shape.input_length,), (shape.target_length,), shape.max_segments)

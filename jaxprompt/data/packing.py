@@ -6,6 +6,7 @@ is the same for both.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -269,7 +270,7 @@ def batch_of_rows(
 
 def candidates_of_rows(
     rows: Sequence[Row],
-    candidate_ids: Sequence[Sequence[int]],
+    candidate_ids: Sequence[Sequence[Sequence[int]]],
     *,
     batch_size: int,
     target_length: int,
@@ -278,15 +279,20 @@ def candidates_of_rows(
 ) -> Candidates:
     """The decoder side of the same rows, once for each of C candidates in place of the target.
 
+    An example whose prompt has fewer than C candidates has nothing at the missing ones.
+
     Args:
-      candidate_ids: token ids of each candidate, the end token last.
+      candidate_ids: of each prompt of a bank, token ids of each candidate, the end token last.
       target_length: room for as many candidates as a row has examples.
     Returns: numpy arrays [C, B, T].
     """
     shape = (batch_size, target_length)
+    prompts = [[example.prompt_index for example in row] for row in rows]
     sides = [
-        _decoder_side([[ids] * len(row) for row in rows], shape, pad_id, start_id)
-        for ids in candidate_ids
+        _decoder_side(
+            [[answer[prompt] for prompt in row] for row in prompts], shape, pad_id, start_id
+        )
+        for answer in itertools.zip_longest(*candidate_ids, fillvalue=())
     ]
     arrays: dict[str, Any] = {
         "decoder_ids_CBT": np.stack([side.ids for side in sides]),

@@ -9,8 +9,9 @@ once for all of them.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from jaxprompt.data.encoder import Cuts, TaskEncoder
+from jaxprompt.data.encoder import Cuts, TaskEncoder, packed_shapes
 from jaxprompt.data.packing import EncodedExample, Row, candidates_of_rows, sizes_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions, row_order
@@ -50,7 +51,9 @@ class TrainBatches:
         sizes = encoder.sample_sizes(source)
         self.input_buckets = encoder.input_buckets(sizes)
         if config.packing:
-            self.shapes = encoder.packed_shapes(sizes, config.batch_size, row_multiple)
+            self.shapes = packed_shapes(
+                config, encoder.longest, sizes, config.batch_size, row_multiple
+            )
         else:
             self.shapes = Shapes(config.batch_size, self.input_buckets, encoder.target_buckets)
         self._order = row_order(len(source), seed, config.shuffle)
@@ -113,98 +116,154 @@ class TrainBatches:
         return [*self._encoder.encode(examples, rows, self._cuts)]
 
 
+class Asked(NamedTuple):
+    """An example, and the number of the prompt that is to answer it."""
+
+    example: Example
+    prompt: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """A batch and, for a task with candidates, what to rank: the same rows with each candidate."""
+    """A batch and how it is answered.
+
+    Attributes:
+      batch: rows; `example_index_BG` holds positions in the chunk.
+      candidates: what to rank, the same rows with each candidate; None = generate.
+      max_new_tokens: how long a generated answer may be.
+    """
 
     batch: Batch
     candidates: Candidates | None
+    max_new_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalChunk:
-    """Consecutive examples and their batches; `example_index_BG` holds positions in `examples`."""
+    """Consecutive examples and their batches; `example_index_BG` holds positions in `asked`."""
 
-    examples: list[Example]
+    asked: list[Asked]
     batches: list[EvalBatch]
 
 
 def eval_chunks(
-    encoder: TaskEncoder,
-    examples: Iterable[Example],
+    encoders: Sequence[TaskEncoder],
+    asked: Iterable[Asked],
     *,
+    generate: bool = False,
     input_buckets: Sequence[int] = (),
     chunk_batches: int = 16,
-    packed: bool = False,
     row_multiple: int = 1,
     process_index: int = 0,
     process_count: int = 1,
-    cuts: Cuts | None = None,
+    cuts: Sequence[Cuts] = (),
 ) -> Iterator[EvalChunk]:
     """Batches of examples in chunks of at most `chunk_batches` times `eval_batch_size` examples.
 
-    Within a chunk examples are sorted by length, or packed into rows whose shape the first chunk
-    decides. Every batch has the same number of rows over all processes; where examples run out,
-    rows are empty (example index -1).
+    Within a chunk those whose candidates are ranked are packed into rows whose shape the first of
+    them decide; those whose answers are generated stand alone, sorted by length. Every batch has
+    the same number of rows over all processes; where examples run out, rows are empty (example
+    index -1).
 
     Args:
-      examples: with or without targets; read as they are needed.
+      encoders: of each prompt of a bank, of one vocabulary; the first one's `DataConfig` says how
+        many rows a batch has and whether rows are packed.
+      asked: with or without targets; read as they are needed.
+      generate: generate even where there are candidates.
       input_buckets: lengths to pad to, the largest at least max_input_length; () = the encoder's
         `stream_buckets`. Packed rows have a length of their own.
-      packed: several examples a row; only for a task with candidates.
       row_multiple: packed rows of a batch are a multiple of it: devices.
-      cuts: counts what was cut off to fit.
+      cuts: of each prompt, to count what was cut off to fit.
     """
-    config = encoder.config
-    shapes = Shapes(
-        config.eval_batch_size,
-        tuple(input_buckets) or encoder.stream_buckets,
-        encoder.target_buckets,
-    )
-    if packed and not encoder.candidate_ids:
-        raise ValueError("answers are generated for one example a row")
-    counts, remaining, is_first = cuts or Cuts(), iter(examples), True
-    while chunk := list(itertools.islice(remaining, chunk_batches * config.eval_batch_size)):
-        encoded = encoder.encode(chunk, range(len(chunk)), counts)
-        sizes = sizes_of(encoded)
-        if packed:
-            sizes[:, 1] = encoder.target_buckets[-1]  # whichever candidate stands there
-            if is_first:
-                shapes = encoder.packed_shapes(sizes, config.eval_batch_size, row_multiple)
-        rows = shapes.rows_of(sizes)
-        if not packed:
-            rows.sort(key=lambda row: sizes[row[0], 0])
-        options = StreamOptions(
-            shapes,
-            pad_id=encoder.tokenizer.pad_id,
-            start_id=encoder.start_id,
-            process_index=process_index,
-            process_count=process_count,
-        )
-        is_first = False
-        filled = [[encoded[at] for at in row] for row in rows]
+    counts, remaining = cuts or [Cuts() for _ in encoders], iter(asked)
+    rooms = [
+        0 if encoder.candidate_ids and not generate else encoder.config.max_target_length
+        for encoder in encoders
+    ]
+    share = (process_index, process_count)
+    groups = {
+        room: _Group(encoders, rooms, room, tuple(input_buckets), row_multiple, share)
+        for room in dict.fromkeys(rooms)
+    }
+    while chunk := list(
+        itertools.islice(remaining, chunk_batches * encoders[0].config.eval_batch_size)
+    ):
+        encoded: dict[int, list[EncodedExample]] = {room: [] for room in groups}
+        for prompt, encoder in enumerate(encoders):
+            own = [at for at, (_, number) in enumerate(chunk) if number == prompt]
+            examples = [chunk[at].example for at in own]
+            encoded[rooms[prompt]] += encoder.encode(examples, own, counts[prompt], prompt)
         batches = [
-            filled[at : at + shapes.batch_size] for at in range(0, len(filled), shapes.batch_size)
+            batch for room, group in groups.items() for batch in group.batches(encoded[room])
         ]
-        yield EvalChunk(chunk, [_eval_batch(batch, encoder, options) for batch in batches])
+        yield EvalChunk(chunk, batches)
+
+
+class _Group:
+    """The prompts whose answers one program gives: candidates ranked, or up to so many tokens."""
+
+    def __init__(
+        self,
+        encoders: Sequence[TaskEncoder],
+        rooms: Sequence[int],
+        room: int,
+        input_buckets: tuple[int, ...],
+        row_multiple: int,
+        share: tuple[int, int],
+    ):
+        own = [encoder for encoder, other in zip(encoders, rooms, strict=True) if other == room]
+        self._candidate_ids = [encoder.candidate_ids for encoder in encoders]
+        self._first, self._room, self._share = encoders[0], room, share
+        self._row_multiple = row_multiple
+        self._longest = tuple(max(sizes) for sizes in zip(*(e.longest for e in own), strict=True))
+        self._shapes = Shapes(
+            encoders[0].config.eval_batch_size,
+            input_buckets or max((e.stream_buckets for e in own), key=lambda buckets: buckets[-1]),
+            max((e.target_buckets for e in own), key=lambda buckets: buckets[-1]),
+        )
+        self._awaits_shapes = not room and encoders[0].config.packing
+
+    def batches(self, encoded: Sequence[EncodedExample]) -> list[EvalBatch]:
+        """Batches of these examples."""
+        sizes = sizes_of(encoded)
+        if not self._room:
+            sizes[:, 1] = self._longest[1]  # whichever candidate stands there
+        if self._awaits_shapes and len(sizes):
+            self._awaits_shapes, count = False, self._shapes.batch_size
+            config = self._first.config
+            self._shapes = packed_shapes(config, self._longest, sizes, count, self._row_multiple)
+        rows = self._shapes.rows_of(sizes)
+        if self._shapes.max_segments == 1:
+            rows.sort(key=lambda row: sizes[row[0], 0])
+        index, count = self._share
+        options = StreamOptions(
+            self._shapes,
+            pad_id=self._first.tokenizer.pad_id,
+            start_id=self._first.start_id,
+            process_index=index,
+            process_count=count,
+        )
+        filled = [[encoded[at] for at in row] for row in rows]
+        size = self._shapes.batch_size
+        starts = range(0, len(filled), size)
+        return [self._batch(filled[start : start + size], options) for start in starts]
+
+    def _batch(self, rows: Sequence[Row], options: StreamOptions) -> EvalBatch:
+        batch = options.batch(rows)
+        if self._room:
+            return EvalBatch(batch, None, self._room)
+        candidates = candidates_of_rows(
+            options.own(rows),
+            self._candidate_ids,
+            batch_size=len(batch.targets_BT),
+            target_length=options.shapes.target_buckets[-1],
+            pad_id=options.pad_id,
+            start_id=options.start_id,
+        )
+        return EvalBatch(batch, candidates, 0)
 
 
 def examples_of(task: Task, source: Source, with_target: bool = True) -> Iterator[Example]:
     """Every row of a source as an example, in order."""
     for index in range(len(source)):
         yield task.example(source[index], source.where(index), with_target)
-
-
-def _eval_batch(rows: Sequence[Row], encoder: TaskEncoder, options: StreamOptions) -> EvalBatch:
-    batch = options.batch(rows)
-    if not encoder.candidate_ids:
-        return EvalBatch(batch, None)
-    candidates = candidates_of_rows(
-        options.own(rows),
-        encoder.candidate_ids,
-        batch_size=len(batch.targets_BT),
-        target_length=options.shapes.target_buckets[-1],
-        pad_id=options.pad_id,
-        start_id=options.start_id,
-    )
-    return EvalBatch(batch, candidates)
