@@ -8,10 +8,15 @@ import optax
 import pytest
 import tiny
 from jaxprs import matmul_flops
+from tiny_backbone import make_rows, write_rows
+from tiny_tokenizer import tiny_tokenizer
 
+from benchmarks import packing
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
 from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
 from jaxprompt import steps, trees
+from jaxprompt.data.sources import SourceConfig
+from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.model import PromptedT5
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import abstract_params
@@ -69,3 +74,24 @@ def test_sizes_are_t5_1_1(size: str):
     config = size_config(size)
     millions = {"small": 77, "base": 248, "large": 783, "xl": 2850, "xxl": 11135}
     assert round(trees.count(abstract_params(config)) / 1e6) == millions[size]
+
+
+def test_ways_of_padding_count_the_same_text(tmp_path):
+    """The same rows however they are padded: fewer positions in the order of the ways."""
+    write_rows(tmp_path / "train.jsonl", make_rows(64))
+    source = SourceConfig(train=str(tmp_path / "train.jsonl"))
+    task = Task(TaskConfig(source=source, candidates=("0", "1", "2")))
+    options = packing.Options("train", batch_size=8, max_tokens=60, slots=3)
+    costs = {}
+    for way in packing.WAYS:
+        stream = packing.batches_of(way, task, tiny_tokenizer(), options)
+        batches = [next(stream) for _ in range(8)]
+        costs[way] = packing.counted(tiny.CONFIG, batches)
+        if way in ("fixed", "longest"):
+            assert {len(batch.encoder_ids_BS) for batch in batches} == {8}
+    assert costs["fixed"].positions == 63
+    assert costs["longest"].positions < 63
+    assert costs["packed"].fill > max(costs[way].fill for way in ("fixed", "longest"))
+    assert costs["fixed"].gflop == pytest.approx(
+        minimal_step_flops(tiny.CONFIG, 8, 63, 2) / 8e9, rel=0.3
+    )

@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
         ("evaluate p --data f.csv", "evaluate", {"data": "f.csv", "split": "validation"}),
         ("evaluate p --split test --batch-size 8", "evaluate", {"split": "test", "batch_size": 8}),
         ("evaluate p --backbone b --dtype bfloat16", "evaluate", {"backbone": "b"}),
-        ("predict p --input -", "predict", {"prompt": "p", "input": "-", "output": "-"}),
+        ("predict p --input -", "predict", {"prompts": ["p"], "input": "-", "output": "-"}),
         ("predict p --input a --output b --json", "predict", {"output": "b", "json": True}),
         ("predict p --input a --allow-other-backbone", "predict", {"allow_other_backbone": True}),
         ("inspect p --top 3", "inspection", {"prompt": "p", "top": 3, "json": False}),
