@@ -14,6 +14,7 @@ from jaxprompt.data.packing import (
     fitted_buckets,
     fitted_rows,
     length_buckets,
+    roomy_rows,
     row_lengths,
     sizes_of,
 )
@@ -209,3 +210,22 @@ def test_fitted_rows_of_a_given_length():
     sizes = np.full((100, 2), (30, 2), np.int32)
     shape = fitted_rows(sizes, 16, (60, 4), input_length=100)
     assert (shape.rows, shape.input_length, shape.max_segments) == (5, 100, 3)
+
+
+@given(st.lists(lengths, min_size=1, max_size=30), st.integers(1, 3))
+def test_roomy_rows_take_every_long_example_and_others_to_fill_up(
+    sizes: list[tuple[int, int]], batch_rows: int
+):
+    array = np.array(sizes, np.int32)
+    is_long = array[:, 0] > 7
+    rows = roomy_rows(array, is_long, batch_rows=batch_rows, **SIZES)
+    placed = [position for row in rows for position in row]
+    assert len(placed) == len(set(placed)) and set(np.flatnonzero(is_long)) <= set(placed)
+    for row in rows:
+        assert 0 < len(row) <= SIZES["max_segments"]
+        assert (array[row].sum(0) <= (SIZES["input_length"], SIZES["target_length"])).all()
+    if not is_long.any():
+        assert not rows
+    left = np.setdiff1d(np.arange(len(array)), placed)
+    if len(rows) < -(-int(is_long.sum()) // batch_rows) * batch_rows:
+        assert not len(left)  # there is room for whole rows yet

@@ -225,6 +225,34 @@ def test_packed_rows_come_in_multiples(tmp_path: Path):
     assert len(taken(batches, 1)[0].encoder_ids_BS) % 4 == 0
 
 
+def test_rare_long_examples_have_rows_of_their_own_with_others_beside_them(tmp_path: Path):
+    """Rows fit the sample, not max_input_length; a longer example still comes once an epoch."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": " ".join(rng.choice(WORDS.split(), rng.integers(1, 6))), "label": LABELS[0]}
+        for _ in range(400)
+    ]
+    rows[133]["text"] = "good film " * 40
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = encoder_of(batch_size=8, max_input_length=200, bucket_multiple=8)
+    batches = TrainBatches(encoder, JsonlSource(path))
+    roomy = batches.shapes.roomy
+    assert roomy is not None
+    assert batches.shapes.input_buckets[-1] < 100 < 200 <= roomy.input_buckets[-1]
+    shown, beside = np.zeros(400, int), []
+    while shown.min() < 2:
+        batch = next(batches)
+        index = batch.example_index_BG[batch.example_index_BG >= 0]
+        np.add.at(shown, index, 1)
+        assert (133 in index) == (batch.encoder_ids_BS.shape[1] == roomy.input_buckets[-1])
+        if 133 in index:
+            beside.append(len(index))
+    batches.close()
+    assert shown.max() - shown.min() <= 2 and min(beside) >= 4
+    assert len(batches.shape_counts) == 2
+
+
 def test_a_pack_length_too_short_for_an_example_is_refused():
     with pytest.raises(UserError, match=r"data\.pack_length 20 cannot hold examples of .* 48"):
         encoder_of(pack_length=20)

@@ -204,14 +204,26 @@ def packed_shapes(
 ) -> Shapes:
     """Packed rows for about so many examples a batch, chosen by the sizes of a sample.
 
+    Rows are as long as the sample needs them to be, not as `longest` allows: attention costs the
+    square of it. Longer examples, of which the sample has none, get roomy rows.
+
     Args: `longest` and `sizes` as `packing.fitted_rows` takes them.
     """
-    shape = fitted_rows(
-        sizes,
-        examples,
-        longest,
-        input_length=config.pack_length,
-        row_multiple=row_multiple,
-        length_multiple=config.bucket_multiple,
-    )
-    return Shapes(shape.rows, (shape.input_length,), (shape.target_length,), shape.max_segments)
+
+    def fitted(longest: tuple[int, int]) -> Shapes:
+        shape = fitted_rows(
+            sizes,
+            examples,
+            longest,
+            input_length=config.pack_length,
+            row_multiple=row_multiple,
+            length_multiple=config.bucket_multiple,
+        )
+        lengths = (shape.input_length,), (shape.target_length,)
+        return Shapes(shape.rows, *lengths, shape.max_segments)
+
+    roomy = fitted(longest)
+    shapes = fitted((int(sizes[:, 0].max()), int(sizes[:, 1].max())))
+    if shapes.input_buckets >= roomy.input_buckets:
+        return roomy
+    return dataclasses.replace(shapes, roomy=roomy)

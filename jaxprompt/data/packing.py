@@ -114,13 +114,50 @@ def first_fit_rows(
     Raises: ValueError if an example is longer than a row.
     """
     capacity = np.array([input_length, target_length, max_segments], np.int32)
+    if len(sizes) and (sizes.max(0) > capacity[:2]).any():
+        raise ValueError(f"an example of {sizes.max(0)} does not fit a row of {capacity[:2]}")
+    order = np.argsort(-sizes.sum(1), kind="stable")
+    return _first_fit(sizes, order, capacity, len(sizes))
+
+
+def roomy_rows(
+    sizes: np.ndarray,
+    is_long: np.ndarray,
+    *,
+    batch_rows: int,
+    input_length: int,
+    target_length: int,
+    max_segments: int,
+) -> list[Indices]:
+    """Rows for the examples that need long ones, filled up with others.
+
+    So a long example shares its batch with about as many examples as any other does, and weighs as
+    much in the loss.
+
+    Args:
+      sizes: as `sizes_of` gives them.
+      is_long: bool [examples], those that have to be in.
+      batch_rows: the number of rows is a multiple of it.
+    Returns: as `first_fit_rows`, each long example once, others at most once.
+    """
+    capacity = np.array([input_length, target_length, max_segments], np.int32)
+    long, others = np.flatnonzero(is_long), np.flatnonzero(~is_long)
+    long = long[np.argsort(-sizes[long].sum(1), kind="stable")]
+    needed = len(_first_fit(sizes, long, capacity, len(long)))
+    return _first_fit(sizes, np.concatenate([long, others]), capacity, _up(needed, batch_rows))
+
+
+def _first_fit(
+    sizes: np.ndarray, order: np.ndarray, capacity: np.ndarray, most_rows: int
+) -> list[Indices]:
+    """Positions in this order, each into the first row with room; left out if there is none."""
     sizes = np.insert(sizes, 2, 1, axis=1)
-    if len(sizes) and (sizes.max(0) > capacity).any():
-        raise ValueError(f"an example of {sizes.max(0)[:2]} does not fit a row of {capacity[:2]}")
-    free = np.tile(capacity, (len(sizes), 1))
+    free = np.tile(capacity, (most_rows, 1))
     rows: list[Indices] = []
-    for position in np.argsort(-sizes[:, :2].sum(1), kind="stable"):
+    for position in order:
         fits = (free[: len(rows) + 1] >= sizes[position]).all(1)  # one row beyond is always empty
+        if not fits.any():
+            continue
         number = int(fits.argmax())
         if number == len(rows):
             rows.append([])

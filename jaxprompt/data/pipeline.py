@@ -232,9 +232,6 @@ class _Group:
             self._awaits_shapes, count = False, self._shapes.batch_size
             config = self._first.config
             self._shapes = packed_shapes(config, self._longest, sizes, count, self._row_multiple)
-        rows = self._shapes.rows_of(sizes)
-        if self._shapes.max_segments == 1:
-            rows.sort(key=lambda row: sizes[row[0], 0])
         index, count = self._share
         options = StreamOptions(
             self._shapes,
@@ -243,20 +240,27 @@ class _Group:
             process_index=index,
             process_count=count,
         )
-        filled = [[encoded[at] for at in row] for row in rows]
-        size = self._shapes.batch_size
-        starts = range(0, len(filled), size)
-        return [self._batch(filled[start : start + size], options) for start in starts]
+        batches = []
+        for shapes, rows in self._shapes.rows_of(sizes):
+            if shapes.max_segments == 1:
+                rows.sort(key=lambda row: sizes[row[0], 0])
+            filled = [[encoded[at] for at in row] for row in rows]
+            size = shapes.batch_size
+            batches += [
+                self._batch(shapes, filled[start : start + size], options)
+                for start in range(0, len(filled), size)
+            ]
+        return batches
 
-    def _batch(self, rows: Sequence[Row], options: StreamOptions) -> EvalBatch:
-        batch = options.batch(rows)
+    def _batch(self, shapes: Shapes, rows: Sequence[Row], options: StreamOptions) -> EvalBatch:
+        batch = options.batch(shapes, rows)
         if self._room:
             return EvalBatch(batch, None, self._room)
         candidates = candidates_of_rows(
-            options.own(rows),
+            options.own(shapes, rows),
             self._candidate_ids,
             batch_size=len(batch.targets_BT),
-            target_length=options.shapes.target_buckets[-1],
+            target_length=shapes.target_buckets[-1],
             pad_id=options.pad_id,
             start_id=options.start_id,
         )

@@ -24,6 +24,7 @@ from jaxprompt.data.packing import (
     batch_of_rows,
     bucket_length,
     first_fit_rows,
+    roomy_rows,
     row_lengths,
     sizes_of,
 )
@@ -49,15 +50,39 @@ class Shapes:
       input_buckets: encoder lengths, ascending; the last is the longest an example may be.
       target_buckets: the same for the decoder.
       max_segments: examples a row may hold; over 1, rows are packed and all have the last lengths.
+      roomy: packed rows for the few examples that are too long for these; None = all fit.
     """
 
     batch_size: int
     input_buckets: tuple[int, ...]
     target_buckets: tuple[int, ...]
     max_segments: int = 1
+    roomy: "Shapes | None" = None
 
-    def rows_of(self, sizes: np.ndarray) -> list[Indices]:
-        """Which examples share a row, by their sizes as `packing.sizes_of` gives them."""
+    def rows_of(self, sizes: np.ndarray) -> list[tuple["Shapes", list[Indices]]]:
+        """Which examples share a row, by their sizes as `packing.sizes_of` gives them.
+
+        Returns: rows for each shape of batch; with `roomy`, an example that is too long for the
+          other rows takes as many others with it as a batch of them has room for.
+        """
+        if self.roomy is None:
+            return [(self, self._own_rows(sizes))]
+        is_long = np.any(sizes > (self.input_buckets[-1], self.target_buckets[-1]), axis=1)
+        rows = roomy_rows(
+            sizes,
+            is_long,
+            batch_rows=self.roomy.batch_size,
+            input_length=self.roomy.input_buckets[-1],
+            target_length=self.roomy.target_buckets[-1],
+            max_segments=self.roomy.max_segments,
+        )
+        taken = np.zeros(len(sizes), bool)
+        taken[[position for row in rows for position in row]] = True
+        rest = np.flatnonzero(~taken)
+        own = [[int(rest[at]) for at in row] for row in self._own_rows(sizes[rest])]
+        return [(self, own), (self.roomy, rows)]
+
+    def _own_rows(self, sizes: np.ndarray) -> list[Indices]:
         if self.max_segments == 1:
             return [[position] for position in range(len(sizes))]
         return first_fit_rows(
@@ -98,26 +123,27 @@ class StreamOptions:
     process_count: int = 1
 
     def __post_init__(self) -> None:
-        if self.shapes.batch_size % self.process_count:
-            raise UserError(
-                f"batch_size {self.shapes.batch_size} cannot be shared by {self.process_count}"
-                " processes; make it a multiple of their number"
-            )
+        for shapes in filter(None, (self.shapes, self.shapes.roomy)):
+            if shapes.batch_size % self.process_count:
+                raise UserError(
+                    f"batch_size {shapes.batch_size} cannot be shared by {self.process_count}"
+                    " processes; make it a multiple of their number"
+                )
 
-    def own(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def own(self, shapes: Shapes, rows: Sequence[Row]) -> Sequence[Row]:
         """This process's share of a batch's rows."""
-        share = self.shapes.batch_size // self.process_count
+        share = shapes.batch_size // self.process_count
         return rows[self.process_index * share : (self.process_index + 1) * share]
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
+    def batch(self, shapes: Shapes, rows: Sequence[Row]) -> Batch:
         """This process's share of a batch, in the shape that the whole batch needs."""
-        input_length, target_length = self.shapes.of_rows(rows)
+        input_length, target_length = shapes.of_rows(rows)
         return batch_of_rows(
-            self.own(rows),
-            batch_size=self.shapes.batch_size // self.process_count,
+            self.own(shapes, rows),
+            batch_size=shapes.batch_size // self.process_count,
             input_length=input_length,
             target_length=target_length,
-            max_segments=self.shapes.max_segments,
+            max_segments=shapes.max_segments,
             pad_id=self.pad_id,
             start_id=self.start_id,
         )
@@ -185,7 +211,7 @@ def _batches(draw: Draw, options: StreamOptions, state: State) -> Iterator[tuple
         for number in range(first, len(batches)):
             is_last = number + 1 == len(batches)
             yield (
-                options.batch(batches[number]),
+                options.batch(*batches[number]),
                 following if is_last else {**state, "batch": number + 1},
             )
         state, first = following, 0
@@ -193,37 +219,41 @@ def _batches(draw: Draw, options: StreamOptions, state: State) -> Iterator[tuple
 
 def _window(
     draw: Draw, options: StreamOptions, next_draw: int, waiting: Sequence[int]
-) -> tuple[list[list[Row]], State]:
-    """The batches (lists of rows) of the window that starts here, and the state after it."""
+) -> tuple[list[tuple[Shapes, list[Row]]], State]:
+    """The batches (rows of a shape) of the window that starts here, and the state after it."""
     shapes, size = options.shapes, options.shapes.batch_size
     step = options.window_batches * size * max(1, shapes.max_segments // 2)
     rng = np.random.default_rng([options.seed, _WINDOW_STREAM, next_draw])
     examples: list[EncodedExample] = []
     draws: list[int] = []
-    rows: list[list[int]] = []
+    batches: list[tuple[Shapes, list[Indices]]] = []
+    left: list[int] = []
     wanted, first_draw = list(waiting), next_draw
-    while len(rows) < size:
+    while not batches:
         wanted += range(next_draw, next_draw + step)
         next_draw += step
         drawn = [(number, e) for number, e in zip(wanted, draw(wanted), strict=True) if e]
         draws += [number for number, _ in drawn]
         examples += [example for _, example in drawn]
-        rows, wanted = shapes.rows_of(sizes_of(examples)), []
-        if options.shuffle:
-            rows = [rows[at] for at in rng.permutation(len(rows))]
+        wanted, left = [], []
+        for kind, rows in shapes.rows_of(sizes_of(examples)):
+            if options.shuffle:
+                rows = [rows[at] for at in rng.permutation(len(rows))]
+            full = len(rows) - len(rows) % kind.batch_size
+            left += [draws[position] for row in rows[full:] for position in row]
+            rows = rows[:full]
+            if options.shuffle and kind.max_segments == 1:
+                rows.sort(key=lambda row: _length(examples[row[0]]))
+            size = kind.batch_size
+            batches += [(kind, rows[at : at + size]) for at in range(0, full, size)]
         if not examples and next_draw - first_draw > _GIVE_UP:
             raise UserError(f"of {_GIVE_UP} rows drawn in turn none has anything to train on")
-    full = len(rows) - len(rows) % size
-    left = sorted(draws[position] for row in rows[full:] for position in row)
-    rows = rows[:full]
-    if options.shuffle and shapes.max_segments == 1:
-        rows.sort(key=lambda row: _length(examples[row[0]]))
-    batches = [
-        [[examples[position] for position in row] for row in rows[at : at + size]]
-        for at in range(0, full, size)
-    ]
     order = rng.permutation(len(batches)) if options.shuffle else range(len(batches))
-    return [batches[at] for at in order], {"next_draw": next_draw, "waiting": left, "batch": 0}
+    filled = [
+        (kind, [[examples[position] for position in row] for row in rows])
+        for kind, rows in (batches[at] for at in order)
+    ]
+    return filled, {"next_draw": next_draw, "waiting": sorted(left), "batch": 0}
 
 
 def _length(example: EncodedExample) -> tuple[int, int]:
