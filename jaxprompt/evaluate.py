@@ -17,12 +17,14 @@ from jax.sharding import Mesh
 from jaxprompt.data.pipeline import Cuts, TaskEncoder, examples_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
+from jaxprompt.generation import Generation
 from jaxprompt.inference import (
     Answer,
     Answerer,
     backbone_of,
     cut_note,
     encoder_of,
+    generation_of,
     put_on,
     read_prompt,
     task_of,
@@ -116,10 +118,16 @@ class Evaluator:
         mesh: Mesh | None = None,
         input_buckets: Sequence[int] = (),
         generate: bool = False,
+        generation: Generation | None = None,
     ):
         """Args: as `inference.Answerer`."""
         self._encoder = encoder
-        self._options = {"mesh": mesh, "input_buckets": input_buckets, "generate": generate}
+        self._options = {
+            "mesh": mesh,
+            "input_buckets": input_buckets,
+            "generate": generate,
+            "generation": generation,
+        }
         self._graphdef = graphdef
 
     def run(self, trained: ArrayTree, frozen: ArrayTree, source: Source) -> EvalResult:
@@ -163,6 +171,7 @@ def main(args: argparse.Namespace) -> None:
     source = task.open(split)
     backbone = backbone_of(named, args.backbone, args.dtype)
     ready = [put_on(backbone, p, allow_other=args.allow_other_backbone) for p in prompts]
+    generation = generation_of(args)
     results = []
     for path, prompt, prompted in zip(args.prompts, prompts, ready, strict=True):
         encoder = encoder_of(
@@ -173,7 +182,9 @@ def main(args: argparse.Namespace) -> None:
             max_input_length=args.max_input_length,
             max_target_length=args.max_target_length,
         )
-        evaluator = Evaluator(prompted.graphdef, encoder, generate=args.generate)
+        evaluator = Evaluator(
+            prompted.graphdef, encoder, generate=args.generate, generation=generation
+        )
         result = evaluator.run(prompted.trained, prompted.frozen, source)
         results.append(result)
         _report(args, {"prompt": path, "backbone": backbone.name, "split": split}, result)

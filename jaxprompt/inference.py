@@ -3,6 +3,7 @@
 `evaluate`, `predict` and `api` share it, and through `evaluate` the evaluations of a training run.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,13 @@ from jaxprompt import schema, steps
 from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.data.layout import Layout
-from jaxprompt.data.pipeline import Cuts, DataConfig, EvalBatch, TaskEncoder, eval_chunks
+from jaxprompt.data.pipeline import Cuts, DataConfig, EvalBatch, EvalChunk, TaskEncoder, eval_chunks
 from jaxprompt.data.tasks import Example, Task, TaskConfig, load_task
+from jaxprompt.generation import Generation, Generator
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts import METHODS, MethodConfig
 from jaxprompt.sharding import replicate, shard_batch
+from jaxprompt.t5.search import Search
 from jaxprompt.trees import split
 from jaxprompt.typing import ArrayTree, Batch, UserError
 
@@ -27,7 +30,6 @@ BARE = "none"  # in place of a prompt: the backbone alone
 
 # Compiled once for each shape, whoever asks: programs of equal graph definitions are the same.
 _scores = jax.jit(steps.candidate_scores, static_argnums=0)
-_generate = jax.jit(steps.generate, static_argnums=0, static_argnames="max_new_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +40,36 @@ class Answer:
       text: the candidate chosen, or the text generated.
       score: log-likelihood of the answer, summed over its tokens and the end token, in nats.
       scores: the same of every candidate; empty where the text was generated.
-      complete: False if the generated text came to max_target_length without an end token.
+      complete: False if the generated text came to max_target_length without an end token or stop.
+      more: further generated answers, where several were asked for.
     """
 
     text: str
     score: float
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     complete: bool = True
+    more: tuple["Answer", ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """What a model has said so far.
+
+    Attributes:
+      index: the example's number.
+      sequence: which of its answers.
+      text: all of it so far.
+      final: nothing will be added.
+    """
+
+    index: int
+    sequence: int
+    text: str
+    final: bool
 
 
 class Answerer:
-    """Answers a task's examples: ranks its candidates, or generates greedily where it has none.
+    """Answers a task's examples: ranks its candidates, or generates where it has none.
 
     Attributes: encoder; cuts, counts of what was cut off to fit so far.
     """
@@ -61,6 +82,7 @@ class Answerer:
         mesh: Mesh | None = None,
         input_buckets: Sequence[int] = (),
         generate: bool = False,
+        generation: Generation | None = None,
         chunk_batches: int = 16,
     ):
         """
@@ -70,41 +92,81 @@ class Answerer:
           mesh: spreads the rows of a batch over devices.
           input_buckets: lengths to pad to, as `eval_chunks` takes them.
           generate: generate even if the task has candidates.
+          generation: how to generate, up to the encoder's max_target_length; None = greedily.
           chunk_batches: batches made, and answered, at a time.
         """
         self.encoder, self.cuts = encoder, Cuts()
         self._graphdef, self._mesh = graphdef, mesh
         self._input_buckets, self._chunk_batches = tuple(input_buckets), chunk_batches
         self._generates = generate or not encoder.candidate_ids
+        generation = generation or Generation()
+        search = dataclasses.replace(
+            generation.search, max_new_tokens=encoder.config.max_target_length
+        )
+        self._generator = Generator(
+            graphdef, encoder.tokenizer, dataclasses.replace(generation, search=search), mesh
+        )
 
     def answers(
         self, trained: ArrayTree, frozen: ArrayTree, examples: Iterable[Example]
     ) -> Iterator[list[tuple[Example, Answer]]]:
         """Examples with their answers, in the order given, chunk by chunk as they are read."""
-        chunks = eval_chunks(
-            self.encoder,
-            examples,
-            input_buckets=self._input_buckets,
-            chunk_batches=self._chunk_batches,
-            packed=self.encoder.config.packing and not self._generates,
-            row_multiple=1 if self._mesh is None else self._mesh.shape["data"],
-            cuts=self.cuts,
-        )
-        for chunk in chunks:
-            results = [self._run(trained, frozen, batch) for batch in chunk.batches]
+        first = 0
+        for chunk in self._chunks(examples, packed=not self._generates):
+            results = [self._run(trained, frozen, batch, first) for batch in chunk.batches]
             answers: dict[int, Answer] = {}
             for made, result in zip(chunk.batches, results, strict=True):
                 answers |= self._told(result, np.asarray(made.batch.example_index_BG))
             yield [(example, answers[at]) for at, example in enumerate(chunk.examples)]
+            first += len(chunk.examples)
 
-    def _run(self, trained: ArrayTree, frozen: ArrayTree, made: EvalBatch) -> Any:
-        """Starts a batch on the device; does not wait for it."""
-        batch = self._put(_with_beginning(made.batch, self.encoder.start_id))
+    def stream(
+        self, trained: ArrayTree, frozen: ArrayTree, examples: Iterable[Example], every: int = 1
+    ) -> Iterator[Partial]:
+        """Generated answers as they grow, every so many tokens, batch after batch.
+
+        Raises: UserError with a beam, whose best answer is known only at the end.
+        """
+        self._generator.generation.check_streams()
+        first = 0
+        for chunk in self._chunks(examples, packed=False):
+            for made in chunk.batches:
+                yield from self._partials(trained, frozen, made, first, every)
+            first += len(chunk.examples)
+
+    def _chunks(self, examples: Iterable[Example], *, packed: bool) -> Iterator[EvalChunk]:
+        return eval_chunks(
+            self.encoder,
+            examples,
+            input_buckets=self._input_buckets,
+            chunk_batches=self._chunk_batches,
+            packed=packed and self.encoder.config.packing,
+            row_multiple=1 if self._mesh is None else self._mesh.shape["data"],
+            cuts=self.cuts,
+        )
+
+    def _partials(
+        self, trained: ArrayTree, frozen: ArrayTree, made: EvalBatch, first: int, every: int
+    ) -> Iterator[Partial]:
+        batch = _with_beginning(made.batch, self.encoder.start_id)
+        numbers_B = _numbers(made.batch, first)
+        told: dict[tuple[int, int], tuple[str, bool]] = {}
+        for rows, over in self._generator.stream(trained, frozen, batch, numbers_B, every):
+            for number, said in zip(numbers_B.tolist(), rows, strict=True):
+                for sequence, one in enumerate(said):
+                    now = (one.text, one.ended or over)
+                    if number >= 0 and told.get((number, sequence), ("", False)) != now:
+                        told[number, sequence] = now
+                        yield Partial(number, sequence, *now)
+
+    def _run(self, trained: ArrayTree, frozen: ArrayTree, made: EvalBatch, first: int) -> Any:
+        """Starts a batch on the device; does not wait for it, but to look for stop strings."""
+        batch = _with_beginning(made.batch, self.encoder.start_id)
         if self._generates:
-            longest = self.encoder.config.max_target_length
-            return _generate(self._graphdef, trained, frozen, batch, max_new_tokens=longest)
+            numbers_B = _numbers(made.batch, first)
+            return self._generator.begin(trained, frozen, batch, numbers_B)
         candidates = self._put(made.candidates, axis=1)
-        return _scores(self._graphdef, trained, frozen, batch, candidates)
+        return _scores(self._graphdef, trained, frozen, self._put(batch), candidates)
 
     def _put(self, tree: ArrayTree, axis: int = 0) -> ArrayTree:
         if self._mesh is None:
@@ -113,16 +175,16 @@ class Answerer:
 
     def _told(self, result: Any, index_BG: np.ndarray) -> dict[int, Answer]:
         """Answers to a batch's examples by their numbers, -1 for none."""
-        result = jax.device_get(result if self._mesh is None else replicate(self._mesh, result))
         if self._generates:
-            texts = map(self.encoder.tokenizer.decode, result.ids_BT.tolist())
-            scores, ended = result.log_likelihood_B.tolist(), result.ended_B.tolist()
+            answers = [
+                [Answer(said.text, said.score, complete=said.ended) for said in row]
+                for row in self._generator.read(result)
+            ]
             return {
-                index: Answer(text, score, complete=end)
-                for index, text, score, end in zip(
-                    index_BG[:, 0].tolist(), texts, scores, ended, strict=True
-                )
+                index: dataclasses.replace(row[0], more=tuple(row[1:]))
+                for index, row in zip(index_BG[:, 0].tolist(), answers, strict=True)
             }
+        result = jax.device_get(result if self._mesh is None else replicate(self._mesh, result))
         candidates = self.encoder.task.candidates
         answers = {}
         for index, scores_C in zip(
@@ -253,6 +315,16 @@ def encoder_of(
     )
 
 
+def generation_of(args: argparse.Namespace) -> Generation:
+    """What a command's options say about generating.
+
+    Raises: UserError for options that make no sense or not together.
+    """
+    fields = (field.name for field in dataclasses.fields(Search))
+    search = Search(**{name: getattr(args, name) for name in fields if hasattr(args, name)})
+    return Generation(search, tuple(args.stop), args.seed)
+
+
 def cut_note(cuts: Cuts, longest: int) -> str:
     """A sentence on inputs that were cut off; empty if none was."""
     if not cuts.cut_inputs:
@@ -274,3 +346,9 @@ def _with_beginning(batch: Batch, start_id: int) -> Batch:
         targets_BT=np.zeros_like(ids),
         loss_weights_BT=np.zeros(ids.shape, np.float32),
     )
+
+
+def _numbers(batch: Batch, first: int) -> np.ndarray:
+    """Numbers of a batch's examples over all chunks, the chunk's first one being `first`."""
+    index_B = np.asarray(batch.example_index_BG)[:, 0]
+    return np.where(index_B < 0, index_B, index_B + first)

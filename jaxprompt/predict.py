@@ -17,6 +17,7 @@ from jaxprompt.inference import (
     backbone_of,
     cut_note,
     encoder_of,
+    generation_of,
     put_on,
     read_prompt,
     task_of,
@@ -31,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     """The command: `jaxprompt predict PROMPT --input FILE|- [--output FILE|-] [--json]`.
 
     Every input row becomes one line of output: the row as a JSON object, `prediction` and `score`
-    (and `scores`, where candidates were ranked) added. An output file takes its place when it is
+    (and `scores`, where candidates were ranked, `more`, where several answers were asked for) added. An output file takes its place when it is
     complete; standard output gets lines as soon as a batch is answered.
     """
     prompt = read_prompt(args.prompt)
@@ -52,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
     answerer = Answerer(
         prompted.graphdef,
         encoder,
+        generation=generation_of(args),
         chunk_batches=1 if streams else 16,
     )
     count, rows = 0, collections.deque[Fields]()  # rows read and not yet answered: one chunk
@@ -98,6 +100,8 @@ def _told(answer: Answer) -> dict[str, Any]:
         told["scores"] = {name: round(score, 6) for name, score in answer.scores.items()}
     elif not answer.complete:
         told["complete"] = False
+    if answer.more:
+        told["more"] = [_told(another) for another in answer.more]
     return told
 
 

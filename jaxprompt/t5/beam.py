@@ -113,9 +113,7 @@ def beam_search(
 
 def _first_state(config: T5Config, search: Search, batch: Batch, cache: Cache) -> _State:
     width = search.num_beams
-    history_BL = first_history(
-        batch.decoder_ids_BT, batch.decoder_slots_BT, search.max_new_tokens
-    )
+    history_BL = first_history(batch.decoder_ids_BT, batch.decoder_slots_BT, search.max_new_tokens)
     examples, length = history_BL.shape
     history_BWL = jnp.broadcast_to(history_BL[:, None], (examples, width, length))
     zeros_BW = jnp.zeros((examples, width), jnp.float32)

@@ -98,9 +98,7 @@ class Search:
 def first_history(decoder_ids_BT: Array, decoder_slots_BT: Array, room: int) -> Array:
     """The beginning's tokens and `room` places for new ones, int32 [B, T+room]; slots negative."""
     beginning_BT = jnp.where(decoder_slots_BT >= 0, NO_TOKEN - 1 - decoder_slots_BT, decoder_ids_BT)
-    return jnp.pad(
-        beginning_BT.astype(jnp.int32), ((0, 0), (0, room)), constant_values=NO_TOKEN
-    )
+    return jnp.pad(beginning_BT.astype(jnp.int32), ((0, 0), (0, room)), constant_values=NO_TOKEN)
 
 
 def controlled(search: Search, scores_BV: Array, history_BL: Array, filled: Array) -> Array:

@@ -77,9 +77,7 @@ def start(
         params, config, compute, batch, values, encoded_BSD, max_new_tokens=search.max_new_tokens
     )
     times = search.num_return_sequences
-    history_BL = first_history(
-        batch.decoder_ids_BT, batch.decoder_slots_BT, search.max_new_tokens
-    )
+    history_BL = first_history(batch.decoder_ids_BT, batch.decoder_slots_BT, search.max_new_tokens)
     halted = Halted(
         encoded=encoded,
         cache=cache.repeated(times),
