@@ -18,7 +18,7 @@ from jaxprompt.sharding import replicate, shard_batch
 from jaxprompt.t5.decode import Generated
 from jaxprompt.t5.search import Search
 from jaxprompt.t5.stepwise import Draw
-from jaxprompt.typing import ArrayTree, Batch, UserError
+from jaxprompt.typing import Array, ArrayTree, Batch, UserError
 
 # Compiled once for each shape and search, whoever asks.
 _generate = jax.jit(steps.generate, static_argnums=0, static_argnames="search")
@@ -40,7 +40,7 @@ class Generation:
     Raises: UserError for an empty stop text, one together with a beam, or a seed out of range.
     """
 
-    search: Search = Search()
+    search: Search = dataclasses.field(default_factory=Search)
     stop: tuple[str, ...] = ()
     seed: int = 0
 
@@ -210,8 +210,8 @@ class Generator:
     def _draw(self, numbers_B: np.ndarray) -> Draw | None:
         if not self.generation.search.samples:
             return None
-        numbers_B = self._put(numbers_B.astype(np.int32))
-        return Draw(jnp.asarray(self.generation.seed, jnp.uint32), numbers_B)
+        numbers: Array = self._put(numbers_B.astype(np.int32))
+        return Draw(jnp.asarray(self.generation.seed, jnp.uint32), numbers)
 
     def _put(self, tree: ArrayTree) -> ArrayTree:
         return jax.device_put(tree) if self._mesh is None else shard_batch(self._mesh, tree)

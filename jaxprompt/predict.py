@@ -32,8 +32,9 @@ def main(args: argparse.Namespace) -> None:
     """The command: `jaxprompt predict PROMPT --input FILE|- [--output FILE|-] [--json]`.
 
     Every input row becomes one line of output: the row as a JSON object, `prediction` and `score`
-    (and `scores`, where candidates were ranked, `more`, where several answers were asked for) added. An output file takes its place when it is
-    complete; standard output gets lines as soon as a batch is answered.
+    added, with `scores` where candidates were ranked, and `more` where several answers were asked
+    for. An output file takes its place when it is complete; standard output gets lines as soon as a
+    batch is answered.
     """
     prompt = read_prompt(args.prompt)
     task = task_of(prompt, args.task)

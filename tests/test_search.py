@@ -20,7 +20,6 @@ from test_decode import (
     make_batch,
     make_config,
     make_params,
-    without_cache,
 )
 
 from jaxprompt import trees
@@ -33,7 +32,7 @@ from jaxprompt.t5.search import Search, controlled, warped
 from jaxprompt.t5.weights import save_hf
 from jaxprompt.typing import Batch, PromptValues, UserError
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 BEAMS = {
     "plain": Search(NEW, num_beams=3),
     "early": Search(NEW, num_beams=3, early_stopping=True, num_return_sequences=2),
@@ -52,6 +51,7 @@ GREEDY = {
 }
 
 
+@functools.cache
 def seeded(config: T5Config, seed: int) -> dict:
     """The model's random weights, moved about by `seed`."""
     keys = iter(range(1000))

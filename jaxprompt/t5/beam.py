@@ -81,7 +81,7 @@ def beam_search(
     encoded, cache, logits_BV = begin(
         params, config, compute, batch, values, encoded_BSD, max_new_tokens=longest
     )
-    examples, beginning = batch.decoder_ids_BT.shape
+    beginning = batch.decoder_ids_BT.shape[1]
     state = _first_state(config, search, batch, cache.repeated(width))
 
     def choose(logits_XV: Array, state: _State) -> _State:
