@@ -9,7 +9,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxprompt.api import generate, load_prompt, logits, score
+    from jaxprompt.api import generate, load_prompt, logits, score, stream
     from jaxprompt.backbone import load_backbone
     from jaxprompt.config import load_config
     from jaxprompt.train import train
@@ -23,6 +23,7 @@ _ROOMS = {
     "load_prompt": "jaxprompt.api",
     "logits": "jaxprompt.api",
     "score": "jaxprompt.api",
+    "stream": "jaxprompt.api",
     "train": "jaxprompt.train",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "load_prompt",
     "logits",
     "score",
+    "stream",
     "train",
 ]
 

@@ -1,10 +1,10 @@
-"""What `import jaxprompt as jp` does with a prompt: load_prompt, logits, score, generate.
+"""What `import jaxprompt as jp` does with a prompt: load_prompt, logits, score, generate, stream.
 
 `load_backbone` is in `backbone`, `load_config` in `config`, `train` in `train`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +18,19 @@ from jaxprompt.data.packing import EncodedExample, batch_of_rows
 from jaxprompt.data.pipeline import Asked
 from jaxprompt.data.tasks import Task
 from jaxprompt.data.templates import Hole
+from jaxprompt.generation import Generation
 from jaxprompt.inference import (
     Answer,
     Answerer,
+    Partial,
+    Prompted,
     encoder_of,
     layout_of,
     put_on,
     task_of,
     with_candidates,
 )
+from jaxprompt.t5.search import Search
 from jaxprompt.typing import Array, Batch, UserError
 
 _BATCH_ROWS = 64
@@ -110,24 +114,70 @@ def generate(
     inputs: Sequence[str | Mapping[str, Any]],
     max_new_tokens: int = 32,
     num_beams: int = 1,
-) -> list[str]:
-    """Answers to inputs, generated greedily.
+    *,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    **options: Any,
+) -> list[str] | list[list[str]]:
+    """Answers to inputs, generated greedily unless the options say otherwise.
 
     Args:
       prompt: None = the bare backbone.
       inputs: as in `score`.
       max_new_tokens: longest answer, the end token included.
-      num_beams: 1.
-    Raises: UserError for an input without tokens, a width of beam other than 1, or a prompt of
-      another backbone.
+      num_beams: width of a beam search.
+      stop: texts at which an answer ends, itself without them.
+      seed: of sampling. What an input gets depends on it and the input's place, not on batches.
+      options: the other fields of `t5.search.Search`: length_penalty, early_stopping, temperature
+        (above 0 samples), top_k, top_p, repetition_penalty, no_repeat_ngram_size,
+        num_return_sequences.
+    Returns: a text for each input; a list of texts for each with num_return_sequences above 1.
+    Raises: UserError for an input without tokens, options that make no sense or not together, or a
+      prompt of another backbone.
     """
-    if num_beams != 1:
-        raise UserError(f"num_beams is {num_beams}; this version searches greedily, with 1")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, it has to be at least 1")
+    generation = _generation(max_new_tokens, stop, seed, {"num_beams": num_beams, **options})
     task = with_candidates(task_of(prompt), ())
-    answers = _answers(backbone, prompt, task, inputs, max_new_tokens)
-    return [answer.text for answer in answers]
+    answers = _answers(backbone, prompt, task, inputs, generation)
+    if generation.search.num_return_sequences == 1:
+        return [answer.text for answer in answers]
+    return [[answer.text, *(other.text for other in answer.more)] for answer in answers]
+
+
+def stream(
+    backbone: Backbone,
+    prompt: PromptArtifact | None,
+    inputs: Sequence[str | Mapping[str, Any]],
+    max_new_tokens: int = 32,
+    *,
+    every: int = 1,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    **options: Any,
+) -> Iterator[Partial]:
+    """Answers while they grow: whenever a text has become longer or final, all of it so far.
+
+    Args: as `generate`, without beams.
+      every: tokens between two looks.
+    Raises: UserError as `generate`, and for a beam.
+    """
+    if every < 1:
+        raise UserError(f"every is {every}, it has to be at least 1")
+    generation = _generation(max_new_tokens, stop, seed, options)
+    generation.check_streams()
+    task = with_candidates(task_of(prompt), ())
+    prompted, answerer, asked = _asked(backbone, prompt, task, inputs, generation)
+    return answerer.stream(prompted.trained, prompted.frozen, asked, every)
+
+
+def _generation(
+    max_new_tokens: int, stop: Sequence[str], seed: int, options: Mapping[str, Any]
+) -> Generation:
+    known = [field.name for field in dataclasses.fields(Search)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UserError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Generation(Search(max_new_tokens=max_new_tokens, **options), stops, seed)
 
 
 def _answers(
@@ -135,23 +185,33 @@ def _answers(
     prompt: PromptArtifact | None,
     task: Task,
     inputs: Sequence[str | Mapping[str, Any]],
-    max_target_length: int | None = None,
+    generation: Generation | None = None,
 ) -> list[Answer]:
+    prompted, answerer, asked = _asked(backbone, prompt, task, inputs, generation)
+    answered = answerer.answers(prompted.trained, prompted.frozen, asked)
+    return [answer for chunk in answered for _, answer in chunk]
+
+
+def _asked(
+    backbone: Backbone,
+    prompt: PromptArtifact | None,
+    task: Task,
+    inputs: Sequence[str | Mapping[str, Any]],
+    generation: Generation | None,
+) -> tuple[Prompted, Answerer, Iterator[Asked]]:
     if isinstance(inputs, str):
         raise UserError("inputs is one text; give a list of texts")
     prompted = put_on(backbone, prompt)
     rows = min(_BATCH_ROWS, 1 << max(0, len(inputs) - 1).bit_length())
-    encoder = encoder_of(
-        backbone, prompt, task, batch_size=rows, max_target_length=max_target_length
-    )
-    answerer = Answerer(prompted.graphdef, [encoder])
+    longest = None if generation is None else generation.search.max_new_tokens
+    encoder = encoder_of(backbone, prompt, task, batch_size=rows, max_target_length=longest)
+    answerer = Answerer(prompted.graphdef, [encoder], generation=generation)
     fields = ({task.text_field: row} if isinstance(row, str) else row for row in inputs)
     asked = (
         Asked(task.example(dict(row), f"inputs[{number}]", with_target=False))
         for number, row in enumerate(fields)
     )
-    answered = answerer.answers(prompted.trained, prompted.frozen, asked)
-    return [answer for chunk in answered for _, answer in chunk]
+    return prompted, answerer, asked
 
 
 def _checked_ids(name: str, ids: Any, backbone: Backbone) -> np.ndarray:

@@ -163,6 +163,37 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a generated answer (what the prompt was trained with, else 128)",
     )
+    _search_arguments(parser)
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where answers are generated")
+    numbers = (
+        ("--num-beams", int, 1, "N", "width of a beam search (1 = none)"),
+        ("--length-penalty", float, 1.0, "X", "beams: log-probability / length ** X (1.0)"),
+        ("--temperature", float, 0.0, "X", "above 0 draws tokens at random (0 = the likeliest)"),
+        ("--top-k", int, 0, "K", "draw from the K likeliest tokens (0 = from all)"),
+        ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P (1.0 = all)"),
+        (
+            "--repetition-penalty",
+            float,
+            1.0,
+            "X",
+            "make tokens that came already less likely (1.0)",
+        ),
+        ("--no-repeat-ngram-size", int, 0, "N", "let no N tokens in a row come twice (0 = may)"),
+        ("--num-return-sequences", int, 1, "N", "answers for each input (1)"),
+        ("--seed", int, 0, "N", "of drawing at random (0)"),
+    )
+    for name, kind, default, letter, text in numbers:
+        group.add_argument(name, type=kind, default=default, metavar=letter, help=text)
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer where this text comes; may be given several times",
+    )
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from jaxprompt.data.encoder import Cuts, TaskEncoder
 from jaxprompt.data.pipeline import Asked, examples_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Example, Task
+from jaxprompt.generation import Generation
 from jaxprompt.inference import (
     Answer,
     Answerer,
@@ -27,6 +28,7 @@ from jaxprompt.inference import (
     backbone_of,
     cut_note,
     encoder_of,
+    generation_of,
     put_on,
     read_prompts,
     task_of,
@@ -133,10 +135,16 @@ class Evaluator:
         mesh: Mesh | None = None,
         input_buckets: Sequence[int] = (),
         generate: bool = False,
+        generation: Generation | None = None,
     ):
         """Args: as `inference.Answerer`."""
         self._encoders = list(encoders)
-        self._options = {"mesh": mesh, "input_buckets": input_buckets, "generate": generate}
+        self._options = {
+            "mesh": mesh,
+            "input_buckets": input_buckets,
+            "generate": generate,
+            "generation": generation,
+        }
         self._graphdef = graphdef
 
     def run(self, trained: ArrayTree, frozen: ArrayTree, source: Source) -> list[EvalResult]:
@@ -227,7 +235,9 @@ def main(args: argparse.Namespace) -> None:
         )
         for prompt, task in zip(prompts, tasks, strict=True)
     ]
-    evaluator = Evaluator(prompted.graphdef, encoders, generate=args.generate)
+    evaluator = Evaluator(
+        prompted.graphdef, encoders, generate=args.generate, generation=generation_of(args)
+    )
     if args.prompt_field:
         rows = ((source[n], source.where(n)) for n in range(len(source)))
         asked = ask_named(args.prompt_field, names, tasks, rows)

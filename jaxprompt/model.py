@@ -4,8 +4,12 @@ from flax import nnx
 
 from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
 from jaxprompt.t5 import model as t5
-from jaxprompt.t5.decode import Generated, greedy
+from jaxprompt.t5 import stepwise
+from jaxprompt.t5.decode import Generated
+from jaxprompt.t5.generate import generate
 from jaxprompt.t5.model import T5
+from jaxprompt.t5.search import Search
+from jaxprompt.t5.stepwise import Draw, Halted
 from jaxprompt.typing import Array, Batch, PromptValues
 
 
@@ -70,14 +74,31 @@ class PromptedT5(nnx.Module):
             dropout_rate=dropout_rate, dropout_key=dropout_key,
         )  # fmt: skip
 
-    def generate(self, batch: Batch, *, max_new_tokens: int) -> Generated:
-        """Continues the beginning in the batch's decoder fields, see `t5.decode.greedy`."""
+    def generate(self, batch: Batch, search: Search, draw: Draw | None = None) -> Generated:
+        """Continues the beginning in the batch's decoder fields, see `t5.generate.generate`."""
         values, encoded_BSD = self.encode(batch)
         backbone = self.backbone
-        return greedy(
+        return generate(
             backbone.tree(), backbone.config, backbone.compute, batch, values, encoded_BSD,
-            max_new_tokens=max_new_tokens,
+            search, draw,
         )  # fmt: skip
+
+    def start(self, batch: Batch, search: Search, draw: Draw | None = None) -> Halted:
+        """The first token of a search without beams, see `t5.stepwise.start`."""
+        values, encoded_BSD = self.encode(batch)
+        backbone = self.backbone
+        return stepwise.start(
+            backbone.tree(), backbone.config, backbone.compute, batch, values, encoded_BSD,
+            search, draw,
+        )  # fmt: skip
+
+    def go_on(self, search: Search, halted: Halted, until: Array) -> tuple[Halted, Generated]:
+        """Up to `until` tokens, and what there is then, see `t5.stepwise.go_on`."""
+        backbone = self.backbone
+        halted = stepwise.go_on(
+            backbone.tree(), backbone.config, backbone.compute, search, halted, until
+        )
+        return halted, stepwise.result(backbone.config, halted)
 
     def logits(self, hidden: Array) -> Array:
         """Final decoder states [..., D] -> float32 [..., V]."""

@@ -19,6 +19,7 @@ from jaxprompt.inference import (
     backbone_of,
     cut_note,
     encoder_of,
+    generation_of,
     put_on,
     read_prompts,
     task_of,
@@ -35,8 +36,9 @@ def main(args: argparse.Namespace) -> None:
     With `--prompt-field F` several prompts answer one stream: field F of a row names its prompt.
 
     Every input row becomes one line of output: the row as a JSON object, `prediction` and `score`
-    (and `scores`, where candidates were ranked) added. An output file takes its place when it is
-    complete; standard output gets lines as soon as a batch is answered.
+    added, with `scores` where candidates were ranked, and `more` where several answers were asked
+    for. An output file takes its place when it is complete; standard output gets lines as soon as a
+    batch is answered.
     """
     names, prompts = zip(*read_prompts(args.prompts), strict=True)
     if len(prompts) > 1 and not args.prompt_field:
@@ -62,7 +64,12 @@ def main(args: argparse.Namespace) -> None:
         )
         for prompt, task in zip(prompts, tasks, strict=True)
     ]
-    answerer = Answerer(prompted.graphdef, encoders, chunk_batches=1 if streams else 16)
+    answerer = Answerer(
+        prompted.graphdef,
+        encoders,
+        generation=generation_of(args),
+        chunk_batches=1 if streams else 16,
+    )
     count, rows = 0, collections.deque[Fields]()  # rows read and not yet answered: one chunk
     if args.prompt_field:
         named_rows = _rows(args.input, rows, args.prompt_field)
@@ -127,6 +134,8 @@ def _told(answer: Answer) -> dict[str, Any]:
         told["scores"] = {name: round(score, 6) for name, score in answer.scores.items()}
     elif not answer.complete:
         told["complete"] = False
+    if answer.more:
+        told["more"] = [_told(another) for another in answer.more]
     return told
 
 

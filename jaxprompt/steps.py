@@ -13,6 +13,8 @@ import optax
 
 from jaxprompt.losses import cross_entropy, segment_sums, token_weights
 from jaxprompt.t5.decode import Generated
+from jaxprompt.t5.search import Search
+from jaxprompt.t5.stepwise import Draw, Halted
 from jaxprompt.trees import merge
 from jaxprompt.typing import Array, ArrayTree, Batch, Candidates
 
@@ -220,7 +222,39 @@ def candidate_scores(
 
 
 def generate(
-    graphdef: Any, trained: ArrayTree, frozen: ArrayTree, batch: Batch, *, max_new_tokens: int
+    graphdef: Any,
+    trained: ArrayTree,
+    frozen: ArrayTree,
+    batch: Batch,
+    draw: Draw | None = None,
+    *,
+    search: Search,
 ) -> Generated:
-    """Greedy answers, see `t5.decode.greedy`; one segment a row."""
-    return merge(graphdef, trained, frozen).generate(batch, max_new_tokens=max_new_tokens)
+    """Answers in one go, see `t5.generate.generate`; one segment a row."""
+    return merge(graphdef, trained, frozen).generate(batch, search, draw)
+
+
+def start_search(
+    graphdef: Any,
+    trained: ArrayTree,
+    frozen: ArrayTree,
+    batch: Batch,
+    draw: Draw | None = None,
+    *,
+    search: Search,
+) -> Halted:
+    """The first token of a search that can be halted, see `t5.stepwise.start`."""
+    return merge(graphdef, trained, frozen).start(batch, search, draw)
+
+
+def go_on(
+    graphdef: Any,
+    trained: ArrayTree,
+    frozen: ArrayTree,
+    halted: Halted,
+    until: Array,
+    *,
+    search: Search,
+) -> tuple[Halted, Generated]:
+    """The search up to `until` tokens, int32 [], and what it has found by then."""
+    return merge(graphdef, trained, frozen).go_on(search, halted, until)

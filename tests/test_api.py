@@ -173,7 +173,7 @@ def test_load_prompt(directory: Path, backbone: Backbone, prompt: PromptArtifact
         (lambda b, p: jp.score(b, p, "a text"), "give a list of texts"),
         (lambda b, p: jp.score(b, p, ["  "]), r"inputs\[0\] has no text"),
         (lambda b, p: jp.score(b, p, [{"texts": "a"}]), r"inputs\[0\] has no field 'text'"),
-        (lambda b, p: jp.generate(b, p, TEXTS, num_beams=2), "num_beams is 2"),
+        (lambda b, p: jp.generate(b, p, TEXTS, num_beams=0), "num_beams is 0"),
         (lambda b, p: jp.generate(b, p, TEXTS, max_new_tokens=0), "max_new_tokens is 0"),
         (
             lambda b, p: jp.score(b, dataclasses.replace(p, method={"name": "x"}), TEXTS),

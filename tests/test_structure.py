@@ -20,13 +20,18 @@ HOUSE = [
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
     ["steps"],
-    ["config", "inference", "loop"],
+    ["config", "generation", "inference", "loop"],
     ["api", "evaluate", "inspection", "listing", "plan", "predict", "pretrain", "serve", "train"],
     ["cli"],
 ]
 FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Neighbours on one floor that may see each other, and rooms that may not although floors allow it.
-NEIGHBOURS = {("backbone", "artifact"), ("config", "loop"), ("train", "evaluate")}
+NEIGHBOURS = {
+    ("backbone", "artifact"),
+    ("config", "loop"),
+    ("inference", "generation"),
+    ("train", "evaluate"),
+}
 WALLS = {("prompts", "t5"), ("data", "t5"), ("data", "prompts")}
 
 # Packages with one door.

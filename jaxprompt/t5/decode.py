@@ -1,7 +1,7 @@
-"""Greedy decoding with cached keys and values; called through `model.PromptedT5.generate`.
+"""The decoder with cached keys and values; `t5.stepwise` and `t5.beam` search with it.
 
-`begin` runs the decoder's beginning and `advance` one position more: all that another search (beam,
-sampling) needs, which would reorder or repeat the rows of `Cache` between two calls.
+`begin` runs the decoder's beginning and `advance` one position more. Between two calls a search may
+repeat or reorder the rows of `Cache`; `Encoded` stays as it is, once per example.
 """
 
 import dataclasses
@@ -26,18 +26,29 @@ from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What self-attention has seen so far; every array has the batch rows on axis 1.
+    """What self-attention has seen so far.
 
     Attributes:
       keys, values: [N, B, P+L, H, K], a trained prefix of P first, then up to L positions.
+      prefix_mask_BP: bool, False at places that a row's prompt, shorter than P, does not have.
       position: int32 [], how many of the L are filled.
-      prefix: P.
     """
 
     keys: Array
     values: Array
+    prefix_mask_BP: Array
     position: Array
-    prefix: int = dataclasses.field(metadata={"static": True})
+
+    def repeated(self, times: int) -> "Cache":
+        """Every row `times` times, one after another: [N, B*times, ...]."""
+        keys, values = (jnp.repeat(x, times, axis=1) for x in (self.keys, self.values))
+        mask_BP = jnp.repeat(self.prefix_mask_BP, times, axis=0)
+        return Cache(keys, values, mask_BP, self.position)
+
+    def reordered(self, rows_B: Array) -> "Cache":
+        """Row b taken from row `rows_B[b]`, which is one of the same example."""
+        keys, values = (x[:, rows_B] for x in (self.keys, self.values))
+        return Cache(keys, values, self.prefix_mask_BP, self.position)
 
 
 @jax.tree_util.register_dataclass
@@ -58,75 +69,21 @@ class Encoded:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What a search found.
+    """What a search found; B counts every sequence of every example, an example's own together.
 
     Attributes:
       ids_BT: int32 [B, max_new_tokens], pad id after the end token.
-      log_likelihood_B: float32, summed over the generated tokens, the end token included.
+      log_likelihood_B: float32, summed over the generated tokens, the end token included, as the
+        model gives it: no temperature, penalty or filter.
       ended_B: bool, False where `max_new_tokens` came before the end token.
+      score_B: float32, what the search ranks sequences by: with beams the sum of log-probabilities,
+        penalties of repetition included, over length ** length_penalty; else the log-likelihood.
     """
 
     ids_BT: Array
     log_likelihood_B: Array
     ended_B: Array
-
-
-def greedy(
-    params: ArrayTree,
-    config: T5Config,
-    compute: Compute,
-    batch: Batch,
-    values: PromptValues,
-    encoded_BSD: Array,
-    *,
-    max_new_tokens: int,
-) -> Generated:
-    """Takes the likeliest token until every row has ended; ties go to the lowest id.
-
-    Args:
-      batch: one segment a row; its decoder fields hold the beginning (start token, decoder slots),
-        equally long in every row. Rows without an example end at once.
-      values: prompt values of the batch.
-      encoded_BSD: the encoder's output.
-    Raises: ValueError if a row has several segments or nothing is to be generated.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, there must be at least 1")
-    encoded, cache, logits_BV = begin(
-        params, config, compute, batch, values, encoded_BSD, max_new_tokens=max_new_tokens
-    )
-    rows = logits_BV.shape[0]
-
-    def take(logits_BV: Array, step: Array, found: Generated) -> Generated:
-        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        log_probability_B = jnp.max(jax.nn.log_softmax(logits_BV), axis=-1)
-        token_B = jnp.where(found.ended_B, config.pad_id, token_B)
-        gained_B = jnp.where(found.ended_B, 0.0, log_probability_B)
-        return Generated(
-            ids_BT=jax.lax.dynamic_update_slice(found.ids_BT, token_B[:, None], (0, step)),
-            log_likelihood_B=found.log_likelihood_B + gained_B,
-            ended_B=found.ended_B | (token_B == config.eos_id),
-        )
-
-    def unfinished(state: tuple[Array, Cache, Generated]) -> Array:
-        step, _, found = state
-        return (step < max_new_tokens) & ~jnp.all(found.ended_B)
-
-    def step_on(state: tuple[Array, Cache, Generated]) -> tuple[Array, Cache, Generated]:
-        step, cache, found = state
-        token_B1 = jax.lax.dynamic_slice_in_dim(found.ids_BT, step - 1, 1, axis=1)
-        embeds_B1D = embed_tokens(params, token_B1, compute)
-        cache, logits_BV = advance(params, config, compute, encoded, cache, embeds_B1D)
-        return step + 1, cache, take(logits_BV, step, found)
-
-    nothing = Generated(
-        ids_BT=jnp.full((rows, max_new_tokens), config.pad_id, jnp.int32),
-        log_likelihood_B=jnp.zeros((rows,), jnp.float32),
-        ended_B=batch.example_index_BG[:, 0] < 0,
-    )
-    first = take(logits_BV, jnp.zeros((), jnp.int32), nothing)
-    _, _, found = jax.lax.while_loop(unfinished, step_on, (jnp.ones((), jnp.int32), cache, first))
-    return found
+    score_B: Array
 
 
 def begin(
@@ -141,9 +98,14 @@ def begin(
 ) -> tuple[Encoded, Cache, Array]:
     """Runs the decoder's beginning.
 
-    Args: as `greedy`.
+    Args:
+      batch: one segment a row; its decoder fields hold the beginning (start token, decoder slots),
+        equally long in every row.
+      values: prompt values of the batch.
+      encoded_BSD: the encoder's output.
     Returns: what cross-attention looks at, the cache with room for `max_new_tokens` more positions,
       and the logits of the first new token, float32 [B, V].
+    Raises: ValueError if a row has several segments.
     """
     index_BG = batch.prompt_index_BG if values.prompt_index_BG is None else values.prompt_index_BG
     if index_BG.shape[1] != 1:
@@ -175,14 +137,23 @@ def advance(
     """Runs the next T positions of the decoder.
 
     Args:
+      encoded: of as many rows as the cache, or of the examples, of which the cache has the same
+        number of rows each, one after another.
       embeds_BTD: embeddings of those positions.
     Returns: the cache with them in it, and the logits of the last one, float32 [B, V].
     """
     stack = params["decoder"]
     length = embeds_BTD.shape[1]
+    slots = cache.prefix_mask_BP.shape[1]
     query_positions_T = cache.position + jnp.arange(length)
-    key_positions_S = jnp.arange(cache.keys.shape[2]) - cache.prefix
-    mask_1TS = (key_positions_S[None, :] <= query_positions_T[:, None])[None]
+    key_positions_S = jnp.arange(cache.keys.shape[2]) - slots
+    behind_TS = key_positions_S[None, :] <= query_positions_T[:, None]
+    there_BS = jnp.pad(
+        cache.prefix_mask_BP,
+        ((0, 0), (0, len(key_positions_S) - slots)),
+        constant_values=True,
+    )
+    mask_BTS = behind_TS[None] & there_BS[:, None]
 
     def bias_of(table_HR: Array) -> Array:
         bias_HTS = relative_bias(
@@ -202,11 +173,11 @@ def advance(
         x_BTD, keys_NBSHK, values_NBSHK = carry
         number, p, cross_keys, cross_values = scanned
         query, key, value = self_projections(p, config, x_BTD)
-        at = (number, 0, cache.prefix + cache.position, 0, 0)
+        at = (number, 0, slots + cache.position, 0, 0)
         keys_NBSHK = jax.lax.dynamic_update_slice(keys_NBSHK, key[None], at)
         values_NBSHK = jax.lax.dynamic_update_slice(values_NBSHK, value[None], at)
         bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared is None else shared
-        self_over = (keys_NBSHK[number], values_NBSHK[number], bias, mask_1TS)
+        self_over = (keys_NBSHK[number], values_NBSHK[number], bias, mask_BTS)
         cross_over = (cross_keys, cross_values, None, encoded.mask_B1S)
         x_BTD = decoder_layer(p, config, x_BTD, query, self_over, cross_over)
         return (x_BTD, keys_NBSHK, values_NBSHK), None
@@ -219,7 +190,7 @@ def advance(
         unroll=layers_unrolled(compute, layers),
     )
     x_BD = rms_norm(stack["decoder_norm"]["scale"], x_BTD[:, -1], config.layer_norm_epsilon)
-    cache = Cache(keys, values, cache.position + length, cache.prefix)
+    cache = Cache(keys, values, cache.prefix_mask_BP, cache.position + length)
     return cache, logits(params, config, x_BD)
 
 
@@ -235,9 +206,8 @@ def _encoded(
     keys, values = project_all(params["decoder"]["layers"], encoded_BSD)
     mask_B1S = (segments_BS == 1)[:, None]
     if prefix is not None:
-        slots = prefix.keys.shape[2]
         keys, values = _behind(prefix, index_B, keys, values)
-        mask_B1S = jnp.pad(mask_B1S, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
+        mask_B1S = jnp.concatenate([_mask(prefix, index_B)[:, None], mask_B1S], axis=2)
     return Encoded(keys, values, mask_B1S)
 
 
@@ -252,11 +222,11 @@ def _empty_cache(
     """A cache with a trained prefix and `room` positions to fill."""
     shape = (config.num_decoder_layers, rows, room, config.num_heads, config.d_kv)
     keys = values = jnp.zeros(shape, dtype)
-    slots = 0
+    mask_BP = jnp.zeros((rows, 0), bool)
     if prefix is not None:
-        slots = prefix.keys.shape[2]
         keys, values = _behind(prefix, index_B, keys, values)
-    return Cache(keys, values, jnp.zeros((), jnp.int32), slots)
+        mask_BP = _mask(prefix, index_B)
+    return Cache(keys, values, mask_BP, jnp.zeros((), jnp.int32))
 
 
 def _behind(prefix: KeysValues, index_B: Array, keys: Array, values: Array) -> tuple[Array, ...]:
@@ -266,3 +236,10 @@ def _behind(prefix: KeysValues, index_B: Array, keys: Array, values: Array) -> t
         jnp.concatenate([trained[:, index_B].astype(own.dtype), own], axis=2)
         for trained, own in pairs
     )
+
+
+def _mask(prefix: KeysValues, index_B: Array) -> Array:
+    """bool [B, P], where each row's prompt has a place."""
+    if prefix.mask_QP is None:
+        return jnp.ones((index_B.shape[0], prefix.keys.shape[2]), bool)
+    return prefix.mask_QP[index_B]

@@ -225,7 +225,9 @@ def decoder_layer(
 
     Args:
       query_BTHK: of the self-attention, from `self_projections`.
-      self_over, cross_over: (keys, values, bias, mask) as `attend` takes them.
+      self_over, cross_over: (keys, values, bias, mask) as `attend` takes them. What is crossed over
+        to may have fewer rows, an example's each: then x_BTD has the same number of rows for every
+        example, one after another, and all see the whole of it.
     """
     keys = dropout_keys
     context = attend(query_BTHK, *self_over, dropout_rate, keys[0])
@@ -233,7 +235,10 @@ def decoder_layer(
     x_BTD = x_BTD + dropout(attended, dropout_rate, keys[1])
     h = rms_norm(p["pre_cross_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
     kernels = p["encoder_decoder_attention"]
-    context = attend(project(kernels["query"]["kernel"], h), *cross_over, dropout_rate, keys[2])
+    query = project(kernels["query"]["kernel"], h)
+    # an example's rows stand side by side in T, so that its keys and values need no repetition
+    folded = query.reshape(cross_over[0].shape[0], -1, *query.shape[2:])
+    context = attend(folded, *cross_over, dropout_rate, keys[2]).reshape(query.shape)
     attended = project_out(kernels["out"]["kernel"], context)
     x_BTD = x_BTD + dropout(attended, dropout_rate, keys[3])
     return _mlp_block(p, config, x_BTD, dropout_rate, keys[4:])
