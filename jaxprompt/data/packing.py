@@ -216,6 +216,7 @@ def fitted_rows(
         if input_length:
             count = row_multiple * max(1, round(wanted / (length * 0.98 * row_multiple)))
         full, shape = _tried(sizes, count, length, longest[1], length_multiple)
+        full *= min(1.0, 1.25 * wanted / (count * length))  # room for far more than is wanted
         if best is None or full > best[0]:
             best = full, shape
         count -= row_multiple
