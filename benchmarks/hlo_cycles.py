@@ -15,6 +15,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r" compare\((.*?)\), direction=LT")
 
@@ -28,18 +29,18 @@ class Op:
       cycles: of one run; 0 where the compiler gives no estimate.
       times: how often it runs.
       estimated: whether there is an estimate.
-      kind: "custom-call", or "" for everything else.
+      kernel: whether it is a kernel of its own (Pallas), which carries no estimate.
     """
 
     name: str
     cycles: int
     times: int
     estimated: bool
-    kind: str = ""
+    kernel: bool = False
 
 
 def ops(text: str) -> list[Op]:
-    """Every estimated instruction and every custom call that the program runs.
+    """Every estimated instruction and every kernel call that the program runs.
 
     Raises: ValueError if there is no entry computation, or a loop without a readable trip count.
     """
@@ -84,14 +85,14 @@ def _run(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[Op]:
             yield from _run(bodies, loop[2], times * _trips(bodies[loop[1]], loop[1]))
         elif call:
             yield from _run(bodies, call[1], times)
-        elif cycles or " custom-call(" in line:
+        elif cycles or _KERNEL in line:
             path = _NAME.search(line)
             yield Op(
                 name=path[1] if path else line.split(" = ")[0].split()[-1].lstrip("%"),
                 cycles=int(cycles[1]) if cycles else 0,
                 times=times,
                 estimated=cycles is not None,
-                kind="custom-call" if " custom-call(" in line else "",
+                kernel=_KERNEL in line,
             )
 
 

@@ -139,7 +139,7 @@ def main() -> None:
                     f"{cycles / args.examples / 1e6:.2f}",
                     f"{100 * share:.0f} %",
                     f"{compiled.memory_analysis().temp_size_in_bytes / GIB:.2f}",
-                    str(sum(op.times for op in found if op.kind == "custom-call")),
+                    str(sum(op.times for op in found if op.kernel)),
                     f"{time.perf_counter() - start:.0f}",
                 ]
             )
@@ -147,7 +147,7 @@ def main() -> None:
             print(lines[-1], file=sys.stderr)
     head = [
         "rows", "attention", "M cycles", "M cycles an example", "minimum / cycles",
-        "temporaries GiB", "custom calls", "compile s",
+        "temporaries GiB", "kernels", "compile s",
     ]  # fmt: skip
     print(table(head, lines))
     for title, cost in costs:
