@@ -43,7 +43,7 @@ class BackboneConfig:
     Attributes:
       name: "jaxprompt-mini", a local directory, or a name on the Hugging Face hub.
       revision: of a hub name: branch, tag or commit; null = the newest.
-      dtype, scan_unroll, remat: as in `t5.config.Compute`.
+      dtype, scan_unroll, remat, attention: as in `t5.config.Compute`.
       dropout: inside the backbone while training; the recipe's unless given.
     """
 
@@ -52,6 +52,7 @@ class BackboneConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int = 0
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "plain", "chunked"] = "auto"
     dropout: float | None = None
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ class BackboneConfig:
 
     def compute(self) -> Compute:
         """The part that says how it is computed."""
-        return Compute(self.dtype, self.scan_unroll, self.remat)
+        return Compute(self.dtype, self.scan_unroll, self.remat, self.attention)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,14 +97,10 @@ def _segments(length: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, 3), min_size=length, max_size=length)
 
 
-@given(queries=_segments(6), keys=_segments(5), causal=st.booleans())
-def test_mask_is_the_definition(queries: list[int], keys: list[int], causal: bool):
-    got = segment_mask(jnp.asarray([queries]), jnp.asarray([keys]), causal=causal)
-    want = [
-        [q == k and (not causal or j <= i) for j, k in enumerate(keys)]
-        for i, q in enumerate(queries)
-    ]
-    np.testing.assert_array_equal(got, [want])
+@given(queries=_segments(6), keys=_segments(5))
+def test_mask_is_the_definition(queries: list[int], keys: list[int]):
+    got = segment_mask(jnp.asarray([queries]), jnp.asarray([keys]))
+    np.testing.assert_array_equal(got, [[[q == k for k in keys] for q in queries]])
 
 
 def attention_by_loops(query, key, value, bias, mask) -> np.ndarray:
@@ -169,72 +165,20 @@ def test_projections_are_matmuls():
     np.testing.assert_allclose(project_out(out_kernel, heads), back.reshape(2, 3, 6), atol=1e-5)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-def test_prefix_is_attention_over_own_prompts_keys_first(biased: bool):
-    """Two segments of two prompts in one row, padding behind, against loops over each segment."""
-    prefix_keys, prefix_values = _arrays((3, 2, 2, 4), (3, 2, 2, 4))
-    query, key, value, bias = _arrays((2, 6, 2, 4), (2, 6, 2, 4), (2, 6, 2, 4), (2, 6, 6))
-    segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]], np.int32)
+def test_prefix_keys_and_values_are_those_of_each_segments_prompt_and_come_first():
+    prefix_keys, prefix_values, key, value = _arrays(
+        (3, 2, 2, 4), (3, 2, 2, 4), (2, 6, 2, 4), (2, 6, 2, 4)
+    )
     prompt_index = np.array([[2, 0], [1, 2]], np.int32)
-    over = with_prefix(
-        (jnp.asarray(prefix_keys), jnp.asarray(prefix_values)),
-        prompt_index,
-        key,
-        value,
-        bias if biased else None,
-        segment_mask(segments, segments),
-        segments,
-    )
-    got = np.asarray(attend(query, *over))
-    assert over[0].shape == (2, 2 * 2 + 6, 2, 4)
-    for b in range(2):
-        for segment in (1, 2):
-            own = np.flatnonzero(segments[b] == segment)
-            prompt = prompt_index[b, segment - 1]
-            keys = np.concatenate([prefix_keys[prompt], key[b, own]])[None]
-            values = np.concatenate([prefix_values[prompt], value[b, own]])[None]
-            own_bias = np.zeros((2, len(own), 2 + len(own)))
-            if biased:
-                own_bias[:, :, 2:] = bias[:, own][:, :, own]
-            seen = np.ones((1, len(own), 2 + len(own)), bool)
-            want = attention_by_loops(query[b, own][None], keys, values, own_bias, seen)
-            np.testing.assert_allclose(got[b, own], want[0], atol=1e-5)
-
-
-def test_a_shorter_prompt_of_a_bank_is_its_own_keys_alone():
-    """Places that the mask takes out of a padded prompt are as good as not there."""
-    keys, values, query, key, value = _arrays(
-        (2, 3, 2, 4), (2, 3, 2, 4), (1, 4, 2, 4), (1, 4, 2, 4), (1, 4, 2, 4)
-    )
-    segments, index = np.array([[1, 1, 2, 2]], np.int32), np.array([[1, 0]], np.int32)
-    seen = segment_mask(segments, segments)
-    mask_QP = jnp.asarray([[True, True, True], [True, False, False]])
-    padded = with_prefix(
-        (jnp.asarray(keys), jnp.asarray(values)), index, key, value, None, seen, segments, mask_QP
-    )
-    got = np.asarray(attend(query, *padded))
-    for place, prompt, length in ((slice(0, 2), 1, 1), (slice(2, 4), 0, 3)):
-        own = np.ones((1, 2), np.int32)
-        short = with_prefix(
-            (jnp.asarray(keys[[prompt], :length]), jnp.asarray(values[[prompt], :length])),
-            np.zeros((1, 1), np.int32), key[:, place], value[:, place], None,
-            segment_mask(own, own), own,
-        )  # fmt: skip
-        want = np.asarray(attend(query[:, place], *short))
-        np.testing.assert_allclose(got[:, place], want, atol=1e-6)
+    pair = (jnp.asarray(prefix_keys), jnp.asarray(prefix_values))
+    got = with_prefix(pair, prompt_index, key, value)
+    for prefix, own, both in zip((prefix_keys, prefix_values), (key, value), got, strict=True):
+        for b in range(2):
+            first, second = prefix[prompt_index[b]]
+            np.testing.assert_array_equal(both[b], np.concatenate([first, second, own[b]]))
 
 
 def test_prefix_takes_the_dtype_of_the_rows_own_keys():
     prefix, own = jnp.ones((1, 2, 1, 3)), jnp.ones((1, 4, 1, 3), jnp.bfloat16)
-    segments = np.ones((1, 4), np.int32)
-    keys, values, _, mask = with_prefix(
-        (prefix, prefix),
-        np.zeros((1, 1), np.int32),
-        own,
-        own,
-        None,
-        segment_mask(segments, segments),
-        segments,
-    )
+    keys, values = with_prefix((prefix, prefix), np.zeros((1, 1), np.int32), own, own)
     assert keys.dtype == values.dtype == jnp.bfloat16
-    assert mask.shape == (1, 4, 6) and mask.all()

@@ -18,6 +18,7 @@ from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5 import model as t5
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.model import T5, layers_unrolled
+from jaxprompt.t5.paths import Chunked
 from jaxprompt.typing import Batch, KeysValues, PromptValues
 
 CONFIG = tiny.CONFIG
@@ -87,6 +88,9 @@ def losses_and_gradient(
     return losses, gradient
 
 
+CHUNKED = Chunked.__init__  # made with chunks so small that the rows below have several
+
+
 ROW = {"encoder": 26, "decoder": 16, "segments": 3}
 
 
@@ -139,10 +143,17 @@ def test_nothing_leaks_between_segments():
 
 @pytest.mark.parametrize(
     "compute",
-    [Compute(), Compute(remat="full"), Compute(remat="dots")],
+    [
+        Compute(),
+        Compute(remat="full"),
+        Compute(remat="dots"),
+        Compute(attention="chunked"),
+        Compute(remat="full", attention="chunked"),
+    ],
     ids=str,
 )
-def test_ways_to_compute_agree(compute: Compute):
+def test_ways_to_compute_agree(compute: Compute, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Chunked, "__init__", functools.partialmethod(CHUNKED, size=7))
     params, values = tiny.make_params(), PromptValues(encoder=every_value().encoder)
     want = losses_and_gradient(params, values, packed())
     assert_close(losses_and_gradient(params, values, packed(), CONFIG, compute), want, 1e-4)

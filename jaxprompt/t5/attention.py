@@ -1,19 +1,17 @@
 """Attention of T5: relative position bias, projections, softmax attention, trained prefixes.
 
-Pure functions on plain dicts of arrays; called by `t5.model`, and with caches by `t5.decode`.
+Pure functions on arrays; called by `t5.paths` and `t5.model`, and with caches by `t5.decode`.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxprompt.t5.layers import dropout
 from jaxprompt.typing import Array
 
 MASKED = -1e9  # finite, so that a row that may attend to nothing stays finite
-NOBODY = -1  # the segment of a key that none may see
 
 
 def relative_position_bucket(
@@ -107,18 +105,12 @@ def project_out(kernel_HKD: Array, context_BTHK: Array) -> Array:
     return jnp.einsum("bthk,hkd->btd", context_BTHK, kernel_HKD)
 
 
-def segment_mask(
-    query_segments_BT: Array, key_segments_BS: Array, *, causal: bool = False
-) -> Array:
-    """bool [B, T, S]: a query sees the keys of its own segment; causally, none after itself.
+def segment_mask(query_segments_BT: Array, key_segments_BS: Array) -> Array:
+    """bool [B, T, S]: a query sees the keys of its own segment.
 
     Padding (segment 0) sees padding, which keeps its softmax finite and reaches no segment.
     """
-    mask_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-    if causal:
-        ahead_TS = np.tri(query_segments_BT.shape[1], key_segments_BS.shape[1], dtype=bool)
-        mask_BTS = mask_BTS & ahead_TS[None]
-    return mask_BTS
+    return query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
 
 
 def with_prefix(
@@ -126,20 +118,15 @@ def with_prefix(
     prompt_index_BG: Array,
     key_BSHK: Array,
     value_BSHK: Array,
-    bias_HTS: Array | None,
-    mask_BTS: Array,
-    query_segments_BT: Array,
-    mask_QP: Array | None = None,
-) -> tuple[Array, Array, Array | None, Array]:
+) -> tuple[Array, Array]:
     """Puts each segment's trained keys and values before a row's own.
 
-    Prefix positions carry no relative bias; a query sees only its own segment's prefix.
+    Who may see them, `paths.Sight.behind_prefix` says.
 
     Args:
       prefix_QPHK: (keys, values), each [Q, P, H, K].
       prompt_index_BG: which of the Q a segment uses.
-      mask_QP: bool, False where a prompt has no such slot.
-    Returns: keys and values [B, G*P+S, H, K], bias [H, T, G*P+S], mask [B, T, G*P+S].
+    Returns: keys and values [B, G*P+S, H, K], in the dtype of the row's own.
     """
     rows, segments = prompt_index_BG.shape
     slots = prefix_QPHK[0].shape[1]
@@ -147,17 +134,7 @@ def with_prefix(
         prefix[prompt_index_BG].reshape(rows, segments * slots, *prefix.shape[2:]).astype(own.dtype)
         for prefix, own in zip(prefix_QPHK, (key_BSHK, value_BSHK), strict=True)
     )
-    owner_BX = jnp.broadcast_to(
-        jnp.repeat(jnp.arange(1, segments + 1), slots)[None], keys.shape[:2]
-    )
-    if mask_QP is not None:
-        owner_BX = jnp.where(mask_QP[prompt_index_BG].reshape(rows, -1), owner_BX, NOBODY)
-    prefix_mask = segment_mask(query_segments_BT, owner_BX)
-    if bias_HTS is not None:
-        bias_HTS = jnp.pad(bias_HTS, ((0, 0), (0, 0), (segments * slots, 0)))
     return (
         jnp.concatenate([keys, key_BSHK], axis=1),
         jnp.concatenate([values, value_BSHK], axis=1),
-        bias_HTS,
-        jnp.concatenate([prefix_mask, mask_BTS], axis=2),
     )

@@ -9,6 +9,7 @@ from jaxprompt.typing import UserError
 MODEL_TYPES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION_PATHS = ("auto", "plain", "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +161,21 @@ class Compute:
         (compile time).
       remat: what the backward pass recomputes: "none", "full" (everything but layer inputs) or
         "dots" (matmul results without batch dimensions are kept).
+      attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and
+        computes them again in the backward pass, so that memory is linear in the row's length;
+        "auto" takes what suits the row's length and the platform (`t5.paths.choose`).
     """
 
     dtype: str = "float32"
     scan_unroll: int = 0
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
+        if self.attention not in ATTENTION_PATHS:
+            raise UserError(
+                f"attention {self.attention!r} is not one of {', '.join(ATTENTION_PATHS)}"
+            )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):

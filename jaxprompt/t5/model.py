@@ -3,7 +3,7 @@
 Reading order: `encode`, `decode`, `logits`; each scans one layer function over the stacked layers.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +14,11 @@ from jaxprompt.t5.attention import (
     attend,
     project,
     project_out,
-    relative_bias,
-    segment_mask,
     with_prefix,
 )
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import ParamSpec, dropout, mlp, param_specs, place_slots, rms_norm
+from jaxprompt.t5.paths import Path, Sight, choose
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
 
@@ -84,33 +83,21 @@ def encode(
     """
     stack = params["encoder"]
     index_BG = _first_prompt(segments_BS) if prompt_index_BG is None else prompt_index_BG
-    mask_BSS = segment_mask(segments_BS, segments_BS)
-    positions_S = jnp.arange(embeds_BSD.shape[1])
-    bias_of = functools.partial(
-        relative_bias,
-        query_positions_T=positions_S,
-        key_positions_S=positions_S,
-        bidirectional=True,
-        max_distance=config.relative_attention_max_distance,
-    )
-    shared_bias = (
-        None if config.per_layer_relative_bias else bias_of(stack["relpos_bias"]["rel_embedding"])
-    )
+    sight = Sight(segments_BS, segments_BS, max_distance=config.relative_attention_max_distance)
+    path = _path(compute, sight, prefix, index_BG)
+    shared_bias = _shared_bias(config, path, stack)
 
     def layer(x_BSD: Array, scanned: tuple) -> tuple[Array, None]:
         p, prefix_QPHK, key = scanned
         keys = _layer_keys(key, 4)
         h = rms_norm(p["pre_attention_layer_norm"]["scale"], x_BSD, config.layer_norm_epsilon)
-        bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared_bias is None else shared_bias
         query, key_, value = (
             project(p["attention"][n]["kernel"], h) for n in ("query", "key", "value")
         )
-        mask = mask_BSS
         if prefix_QPHK is not None:
-            key_, value, bias, mask = with_prefix(
-                prefix_QPHK, index_BG, key_, value, bias, mask, segments_BS, _mask_of(prefix)
-            )
-        context = attend(query, key_, value, bias, mask, dropout_rate, keys[0])
+            key_, value = with_prefix(prefix_QPHK, index_BG, key_, value)
+        bias = _layer_bias(path, p, shared_bias)
+        context = path(query, key_, value, bias, dropout_rate, keys[0])
         attended = project_out(p["attention"]["out"]["kernel"], context)
         x_BSD = x_BSD + dropout(attended, dropout_rate, keys[1])
         return _mlp_block(p, config, x_BSD, dropout_rate, keys[2:]), None
@@ -147,38 +134,30 @@ def decode(
     """Decoder with teacher forcing: embeddings [B, T, D] -> final hidden states [B, T, D]."""
     stack = params["decoder"]
     index_BG = _first_prompt(segments_BT) if prompt_index_BG is None else prompt_index_BG
-    self_mask_BTT = segment_mask(segments_BT, segments_BT, causal=True)
-    cross_mask_BTS = segment_mask(segments_BT, encoder_segments_BS)
-    positions_T = jnp.arange(embeds_BTD.shape[1])
-    bias_of = functools.partial(
-        relative_bias,
-        query_positions_T=positions_T,
-        key_positions_S=positions_T,
-        bidirectional=False,
-        max_distance=config.relative_attention_max_distance,
-    )
-    shared_bias = (
-        None if config.per_layer_relative_bias else bias_of(stack["relpos_bias"]["rel_embedding"])
-    )
+    self_sight = Sight(
+        segments_BT, segments_BT,
+        causal=True, max_distance=config.relative_attention_max_distance,
+    )  # fmt: skip
+    self_path = _path(compute, self_sight, self_prefix, index_BG)
+    cross_path = _path(compute, Sight(segments_BT, encoder_segments_BS), cross_prefix, index_BG)
+    shared_bias = _shared_bias(config, self_path, stack)
 
     def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, None]:
         p, prefixes, key = scanned
         self_QPHK, cross_QPHK = prefixes if prefixes is not None else (None, None)
         keys = _layer_keys(key, 6)
         query, key_, value = self_projections(p, config, x_BTD)
-        bias = bias_of(p["relpos_bias"]["rel_embedding"]) if shared_bias is None else shared_bias
-        self_over = (key_, value, bias, self_mask_BTT)
         if self_QPHK is not None:
-            self_over = with_prefix(
-                self_QPHK, index_BG, *self_over, segments_BT, _mask_of(self_prefix)
-            )
+            key_, value = with_prefix(self_QPHK, index_BG, key_, value)
+        self_over = (key_, value, _layer_bias(self_path, p, shared_bias))
         key_, value = cross_projections(p, encoded_BSD)
-        cross_over = (key_, value, None, cross_mask_BTS)
         if cross_QPHK is not None:
-            cross_over = with_prefix(
-                cross_QPHK, index_BG, *cross_over, segments_BT, _mask_of(cross_prefix)
-            )
-        x_BTD = decoder_layer(p, config, x_BTD, query, self_over, cross_over, dropout_rate, keys)
+            key_, value = with_prefix(cross_QPHK, index_BG, key_, value)
+        cross_over = (key_, value, None)
+        x_BTD = decoder_layer(
+            p, config, x_BTD, query, self_over, cross_over, dropout_rate, keys,
+            attends=(self_path, cross_path),
+        )  # fmt: skip
         return x_BTD, None
 
     prefixes = None if self_prefix is None and cross_prefix is None else (self_prefix, cross_prefix)
@@ -216,21 +195,24 @@ def decoder_layer(
     config: T5Config,
     x_BTD: Array,
     query_BTHK: Array,
-    self_over: tuple[Array, Array, Array | None, Array],
-    cross_over: tuple[Array, Array, Array | None, Array],
+    self_over: tuple,
+    cross_over: tuple,
     dropout_rate: float = 0.0,
     dropout_keys: tuple = (None,) * 6,
+    attends: tuple[Callable[..., Array], Callable[..., Array]] = (attend, attend),
 ) -> Array:
     """One decoder layer, given what its attentions look at; training and cached decoding share it.
 
     Args:
       query_BTHK: of the self-attention, from `self_projections`.
-      self_over, cross_over: (keys, values, bias, mask) as `attend` takes them. What is crossed over
-        to may have fewer rows, an example's each: then x_BTD has the same number of rows for every
-        example, one after another, and all see the whole of it.
+      self_over, cross_over: what `attends` take after the query; (keys, values, bias, mask). What is
+        crossed over to may have fewer rows, an example's each: then x_BTD has the same number of
+        rows for every example, one after another, and all see the whole of it.
+      attends: functions as `attend` for self- and cross-attention.
     """
     keys = dropout_keys
-    context = attend(query_BTHK, *self_over, dropout_rate, keys[0])
+    self_attend, cross_attend = attends
+    context = self_attend(query_BTHK, *self_over, dropout_rate, keys[0])
     attended = project_out(p["self_attention"]["out"]["kernel"], context)
     x_BTD = x_BTD + dropout(attended, dropout_rate, keys[1])
     h = rms_norm(p["pre_cross_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
@@ -238,7 +220,7 @@ def decoder_layer(
     query = project(kernels["query"]["kernel"], h)
     # an example's rows stand side by side in T, so that its keys and values need no repetition
     folded = query.reshape(cross_over[0].shape[0], -1, *query.shape[2:])
-    context = attend(folded, *cross_over, dropout_rate, keys[2]).reshape(query.shape)
+    context = cross_attend(folded, *cross_over, dropout_rate, keys[2]).reshape(query.shape)
     attended = project_out(kernels["out"]["kernel"], context)
     x_BTD = x_BTD + dropout(attended, dropout_rate, keys[3])
     return _mlp_block(p, config, x_BTD, dropout_rate, keys[4:])
@@ -349,8 +331,24 @@ def layers_unrolled(compute: Compute, count: int) -> int:
     return min(compute.scan_unroll or unrolled, count)
 
 
-def _mask_of(prefix: KeysValues | None) -> Array | None:
-    return None if prefix is None else prefix.mask_QP
+def _path(
+    compute: Compute, sight: Sight, prefix: KeysValues | None, prompt_index_BG: Array
+) -> Path:
+    """How a stack's attention is computed, with the keys of its trained prefixes in sight."""
+    if prefix is not None:
+        sight = sight.behind_prefix(prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP)
+    return choose(compute.attention, sight)
+
+
+def _shared_bias(config: T5Config, path: Path, stack: ArrayTree) -> Array | None:
+    """What the path wants of a bias that all layers share; None where each has its own."""
+    if config.per_layer_relative_bias:
+        return None
+    return path.prepare(stack["relpos_bias"]["rel_embedding"])
+
+
+def _layer_bias(path: Path, p: ArrayTree, shared: Array | None) -> Array | None:
+    return path.prepare(p["relpos_bias"]["rel_embedding"]) if shared is None else shared
 
 
 def _layer_keys(key: Array | None, count: int) -> tuple:

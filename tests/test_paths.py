@@ -1,0 +1,243 @@
+"""Paths of attention: what a row's queries see, and that every path computes the same."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxprs import equations
+
+from jaxprompt.t5 import paths
+from jaxprompt.t5.attention import attend, relative_bias, with_prefix
+from jaxprompt.t5.config import ATTENTION_PATHS
+from jaxprompt.t5.paths import CHUNK, LONG, NOBODY, PATHS, Chunked, Plain, Sight, choose
+from jaxprompt.typing import Array
+
+HEADS, KV, BUCKETS, PROMPTS, SLOTS = 2, 4, 8, 3, 2
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0], [1] * 6 + [2] * 5], np.int32)
+PROMPT_INDEX = np.array([[2, 0], [1, 2]], np.int32)
+SHORT_MASK = np.array([[True, True], [True, False], [True, True]])
+ROWS, LENGTH = SEGMENTS.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention of the model."""
+
+    causal: bool = False
+    biased: bool = True
+    prefix: bool = False
+    prefix_mask: bool = False
+
+    def sight(self) -> Sight:
+        segments = jnp.asarray(SEGMENTS)
+        sight = Sight(segments, segments, causal=self.causal, max_distance=12)
+        if self.prefix:
+            mask = jnp.asarray(SHORT_MASK) if self.prefix_mask else None
+            sight = sight.behind_prefix(SLOTS, jnp.asarray(PROMPT_INDEX), mask)
+        return sight
+
+
+CASES = {
+    "encoder": Case(),
+    "decoder": Case(causal=True),
+    "cross": Case(biased=False),
+    "encoder with prefix": Case(prefix=True),
+    "decoder with prefix": Case(causal=True, prefix=True),
+    "cross with a bank of unequal prompts": Case(biased=False, prefix=True, prefix_mask=True),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def arrays() -> dict[str, Array]:
+    draw = np.random.default_rng(3)
+    own, prefix = (ROWS, LENGTH, HEADS, KV), (PROMPTS, SLOTS, HEADS, KV)
+    shapes = dict(
+        query=own, key=own, value=own, prefix_key=prefix, prefix_value=prefix,
+        table=(HEADS, BUCKETS),
+    )  # fmt: skip
+    return {
+        name: jnp.asarray(draw.normal(size=shape).astype(np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+def context(path: Any, case: Case, given: dict[str, Array], **dropout: Any) -> Array:
+    key, value = given["key"], given["value"]
+    if case.prefix:
+        pair = (given["prefix_key"], given["prefix_value"])
+        key, value = with_prefix(pair, jnp.asarray(PROMPT_INDEX), key, value)
+    prepared = path.prepare(given["table"]) if case.biased else None
+    return path(given["query"], key, value, prepared, **dropout)
+
+
+def context_and_gradient(path: Any, case: Case) -> tuple[Array, dict[str, Array]]:
+    weights = jnp.asarray(np.random.default_rng(4).normal(size=(ROWS, LENGTH, HEADS, KV)))
+
+    def total(given: dict[str, Array]) -> tuple[Array, Array]:
+        got = context(path, case, given)
+        return jnp.sum(got * weights), got
+
+    gradient, got = jax.jit(jax.grad(total, has_aux=True))(arrays())
+    return got, gradient
+
+
+@every_case
+@pytest.mark.parametrize("size", [1, 4, 5, 64], ids="chunks of {}".format)
+def test_chunks_equal_the_plain_path(case: Case, size: int):
+    """Forward, and gradients of inputs, trained prefixes and the bias table; 4 divides no row."""
+    got = context_and_gradient(Chunked(case.sight(), size), case)
+    want = context_and_gradient(Plain(case.sight()), case)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+    moved = {name for name, leaf in want[1].items() if np.abs(leaf).max() > 1e-3}
+    still = set() if case.biased else {"table"}
+    still |= set() if case.prefix else {"prefix_key", "prefix_value"}
+    assert moved == set(arrays()) - still
+
+
+@every_case
+def test_the_plain_path_is_attention_inside_each_segment(case: Case):
+    """Against `attend` on each segment by itself, its own prompt before it."""
+    given = {name: np.asarray(leaf) for name, leaf in arrays().items()}
+    got = np.asarray(context(Plain(case.sight()), case, arrays()))
+    for b in range(ROWS):
+        for segment in (1, 2):
+            own = np.flatnonzero(SEGMENTS[b] == segment)
+            prompt = PROMPT_INDEX[b, segment - 1]
+            slots = np.arange(SLOTS)[SHORT_MASK[prompt] if case.prefix_mask else slice(None)]
+            slots = slots if case.prefix else slots[:0]
+            keys, values = (
+                np.concatenate([given[f"prefix_{name}"][prompt][slots], given[name][b, own]])
+                for name in ("key", "value")
+            )
+            count = len(own)
+            bias = np.zeros((HEADS, count, len(slots) + count), np.float32)
+            mask = np.ones((1, count, len(slots) + count), bool)
+            if case.causal:
+                mask[0, :, len(slots) :] = np.tri(count, dtype=bool)
+            if case.biased:
+                bias[:, :, len(slots) :] = relative_bias(
+                    jnp.asarray(given["table"]), jnp.asarray(own), jnp.asarray(own),
+                    bidirectional=not case.causal, max_distance=12,
+                )  # fmt: skip
+            query = given["query"][b, own][None]
+            want = attend(query, keys[None], values[None], bias, jnp.asarray(mask))[0]
+            np.testing.assert_allclose(got[b, own], want, atol=1e-5)
+
+
+@given(
+    queries=st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    keys=st.lists(st.integers(NOBODY, 3), min_size=8, max_size=8),
+    causal=st.booleans(),
+    first=st.integers(0, 4),
+)
+def test_the_mask_of_some_queries_is_the_definition(
+    queries: list[int], keys: list[int], causal: bool, first: int
+):
+    """Keys -1 are nobody's, the first two are a prefix, which causal order does not touch."""
+    segments = jnp.asarray([queries], jnp.int32)
+    sight = Sight(segments, jnp.asarray([keys], jnp.int32), prefix=2, causal=causal)
+    got = sight.mask(first, segments[:, first : first + 2])
+    want = [
+        [q == k and (not causal or j < 2 or j - 2 <= i) for j, k in enumerate(keys)]
+        for i, q in enumerate(queries)
+    ]
+    np.testing.assert_array_equal(got, [want[first : first + 2]])
+
+
+def test_a_chunk_drops_out_by_its_own_key_and_the_backward_pass_drops_the_same():
+    case, given, size, key = Case(), arrays(), 4, jax.random.key(5)
+    sight = case.sight()
+    path = Chunked(sight, size)
+    got = context(path, case, given, dropout_rate=0.4, dropout_key=key)
+    whole = Plain(sight)
+    for first in range(0, 8, size):
+        queries = slice(first, first + size)
+        want = attend(
+            given["query"][:, queries], given["key"], given["value"],
+            whole.prepare(given["table"])[:, queries], whole.mask_BTS[:, queries],
+            0.4, jax.random.fold_in(key, first),
+        )  # fmt: skip
+        np.testing.assert_allclose(got[:, queries], want, atol=1e-5)
+
+    def total(value: Array) -> Array:  # linear in the values: its gradient times them is itself
+        return jnp.sum(
+            context(path, case, given | {"value": value}, dropout_rate=0.4, dropout_key=key) ** 2
+        )
+
+    gradient = jax.grad(total)(given["value"])
+    np.testing.assert_allclose(jnp.vdot(gradient, given["value"]), 2 * jnp.sum(got**2), rtol=1e-4)
+
+
+def forward_and_backward(path: type, length: int, table_too: bool = False) -> Any:
+    """The traced and jitted gradient of a sum of squares, one row."""
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    array = jax.ShapeDtypeStruct((1, length, HEADS, KV), jnp.float32)
+    table = jax.ShapeDtypeStruct((HEADS, BUCKETS), jnp.float32)
+
+    def total(query: Array, key: Array, value: Array, table: Array, segments: Array) -> Array:
+        way = path(Sight(segments, segments))
+        return jnp.sum(way(query, key, value, way.prepare(table)) ** 2)
+
+    wanted = (0, 1, 2, 3) if table_too else (0, 1, 2)
+    return jax.jit(jax.grad(total, wanted)).trace(array, array, array, table, segments)
+
+
+def largest(traced: Any) -> int:
+    """Elements of the largest array that the program makes anywhere."""
+    return max(out.aval.size for equation, _ in equations(traced.jaxpr) for out in equation.outvars)
+
+
+def test_memory_is_linear_in_the_rows_length():
+    """Doubling a row doubles its largest array and the compiled program's temporaries."""
+    short, long = (forward_and_backward(Chunked, length) for length in (1024, 2048))
+    assert 1.9 < largest(long) / largest(short) < 2.2  # the strip is two rows less a chunk
+    bytes_short, bytes_long = (
+        traced.lower().compile().memory_analysis().temp_size_in_bytes for traced in (short, long)
+    )
+    assert 1.5 < bytes_long / bytes_short < 2.5
+    plain = forward_and_backward(Plain, 2048)
+    assert largest(plain) >= HEADS * 2048**2
+    assert plain.lower().compile().memory_analysis().temp_size_in_bytes > 4 * bytes_long
+
+
+def test_a_frozen_bias_has_no_gradient_work():
+    """Nothing is scattered into the table's shape, except where the table is trained."""
+
+    def scatters(traced: Any) -> int:
+        return sum(
+            equation.primitive.name == "scatter-add" for equation, _ in equations(traced.jaxpr)
+        )
+
+    assert scatters(forward_and_backward(Chunked, 256)) == 0
+    assert scatters(forward_and_backward(Chunked, 256, table_too=True)) == 1
+
+
+def test_the_bias_is_looked_up_once_and_not_in_every_chunk():
+    lookups = [
+        times
+        for equation, times in equations(forward_and_backward(Chunked, 512).jaxpr)
+        if equation.primitive.name == "gather"
+    ]
+    assert lookups == [1]
+
+
+def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch):
+    assert set(PATHS) | {"auto"} == set(ATTENTION_PATHS)
+
+    def chosen(attention: str, queries: int, keys: int) -> type:
+        return type(
+            choose(attention, Sight(jnp.zeros((1, queries), int), jnp.zeros((1, keys), int)))
+        )
+
+    for backend, long in LONG.items():
+        monkeypatch.setattr(paths.jax, "default_backend", lambda name=backend: name)
+        assert chosen("auto", long, long) is Chunked
+        assert chosen("auto", long, long - 1) is Plain
+        assert chosen("auto", CHUNK, long) is Plain
+        assert chosen("plain", long, long) is Plain
+        assert chosen("chunked", 2, 2) is Chunked
