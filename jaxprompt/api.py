@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxprompt import steps
+from jaxprompt.answerer import Answer, Answerer, Partial
 from jaxprompt.artifact import BackboneIdentity, PromptArtifact, load_artifact
 from jaxprompt.backbone import Backbone
 from jaxprompt.data.layout import Layout
@@ -19,17 +20,7 @@ from jaxprompt.data.pipeline import Asked
 from jaxprompt.data.tasks import Task
 from jaxprompt.data.templates import Hole
 from jaxprompt.generation import Generation
-from jaxprompt.inference import (
-    Answer,
-    Answerer,
-    Partial,
-    Prompted,
-    encoder_of,
-    layout_of,
-    put_on,
-    task_of,
-    with_candidates,
-)
+from jaxprompt.inference import Prompted, encoder_of, layout_of, put_on, task_of, with_candidates
 from jaxprompt.t5.search import Search
 from jaxprompt.typing import Array, Batch, UserError
 

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxprompt.answerer import Answer, Answerer
 from jaxprompt.data.encoder import Cuts, TaskEncoder
 from jaxprompt.data.pipeline import Asked, examples_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Example, Task
 from jaxprompt.generation import Generation
 from jaxprompt.inference import (
-    Answer,
-    Answerer,
     ask_named,
     backbone_of,
     cut_note,

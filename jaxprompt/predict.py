@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from jaxprompt import files
+from jaxprompt.answerer import Answer, Answerer
 from jaxprompt.data.pipeline import Asked
 from jaxprompt.data.readers import Fields, read_stream
 from jaxprompt.data.tasks import Task
 from jaxprompt.inference import (
-    Answer,
-    Answerer,
     ask_named,
     backbone_of,
     cut_note,

@@ -13,11 +13,12 @@ import pytest
 from tiny_backbone import make_prompt, make_rows, write_backbone, write_prompt, write_rows
 
 import jaxprompt as jp
+from jaxprompt.answerer import Answerer
 from jaxprompt.backbone import Backbone
 from jaxprompt.cli import main
 from jaxprompt.data.pipeline import Asked
 from jaxprompt.data.tasks import Example
-from jaxprompt.inference import Answerer, encoder_of, put_on, task_of
+from jaxprompt.inference import encoder_of, put_on, task_of
 
 ROWS = [{"id": number, **row} for number, row in enumerate(make_rows(70))]
 TEXTS = [row["text"] for row in ROWS]

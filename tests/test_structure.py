@@ -20,7 +20,7 @@ HOUSE = [
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
     ["steps"],
-    ["config", "generation", "inference", "loop"],
+    ["answerer", "config", "generation", "inference", "loop"],
     ["api", "evaluate", "inspection", "listing", "plan", "predict", "pretrain", "serve", "train"],
     ["cli"],
 ]
@@ -28,6 +28,7 @@ FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Neighbours on one floor that may see each other, and rooms that may not although floors allow it.
 NEIGHBOURS = {
     ("backbone", "artifact"),
+    ("answerer", "generation"),
     ("config", "loop"),
     ("inference", "generation"),
     ("train", "evaluate"),

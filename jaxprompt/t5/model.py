@@ -205,9 +205,9 @@ def decoder_layer(
 
     Args:
       query_BTHK: of the self-attention, from `self_projections`.
-      self_over, cross_over: what `attends` take after the query; (keys, values, bias, mask). What is
-        crossed over to may have fewer rows, an example's each: then x_BTD has the same number of
-        rows for every example, one after another, and all see the whole of it.
+      self_over, cross_over: what `attends` take after the query; (keys, values, bias, mask). What
+        is crossed over to may have fewer rows, an example's each: then x_BTD has the same number
+        of rows for every example, one after another, and all see the whole of it.
       attends: functions as `attend` for self- and cross-attention.
     """
     keys = dropout_keys
