@@ -168,7 +168,8 @@ def test_metrics_of_every_step_and_evaluation(done: Done):
     assert steps == list(range(1, 21))
     evaluations = {r["step"]: r["eval/accuracy"] for r in told if "eval/accuracy" in r}
     assert list(evaluations) == [10, 20]
-    assert all(r["learning_rate"] == 0.3 and r["examples"] == 8 for r in told if "loss" in r)
+    assert {r["learning_rate"] for r in told if "loss" in r} == {0.3}
+    assert np.mean([r["examples"] for r in told if "loss" in r]) == pytest.approx(8, abs=1.5)
     assert done.result.best_step == max(evaluations, key=lambda step: evaluations[step])
     assert done.result.metrics == {"accuracy": evaluations[done.result.best_step]}
     assert done.result.majority == {"accuracy": 65.0}
@@ -282,16 +283,18 @@ def test_epochs_are_passes_over_the_rows(world: World, tmp_path: Path, seen: See
 
 def test_accumulated_microbatches_are_one_batch(world: World, tmp_path: Path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(world.load(whole, "train.steps=3"))
-    train(world.load(parts, "train.steps=3", "train.accumulate=4"))
+    unpacked = ["train.steps=3", "data.packing=off"]  # packed rows are shaped to divide
+    train(world.load(whole, *unpacked))
+    train(world.load(parts, *unpacked, "train.accumulate=4"))
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
     left, right = (load_artifact(run / "prompt").values["prompt"] for run in (parts, whole))
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_over_two_devices_are_one_batch(world: World, tmp_path: Path):
+    unpacked = ["train.steps=3", "data.packing=off"]
     for devices in (1, 2):
-        train(world.load(tmp_path / f"{devices}", "train.steps=3", f"mesh.data={devices}"))
+        train(world.load(tmp_path / f"{devices}", *unpacked, f"mesh.data={devices}"))
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-5)
 
 
@@ -421,7 +424,7 @@ def test_the_summary_compares_and_says_what_to_type_next(world: World, done: Don
     assert rows["most frequent target"] == "65.0"
     assert float(rows["bare backbone"]) == done.result.bare["accuracy"]
     best = f"prompt of 4 slots (step {done.result.best_step})"
-    assert float(rows[best]) == done.result.metrics["accuracy"]
+    assert float(rows[best]) == pytest.approx(done.result.metrics["accuracy"])
     assert (
         f"{done.result.prompt_bytes:,} bytes, backbone: {done.result.backbone_bytes:,} byt" in said
     )
