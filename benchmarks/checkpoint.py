@@ -22,7 +22,7 @@ def measure(recipe: str, slots: int, d_model: int, saves: int) -> list[str]:
     """A row of the table: saves with a second's work between them, as in a run."""
     prompt = jax.random.normal(jax.random.key(0), (slots, d_model), jnp.float32)
     optimizer = make_optimizer(OptimConfig(recipe=recipe), 1000)
-    state = init_state({"method": {"prompt": prompt}}, optimizer, 0)
+    state = init_state({"method": {"prompt": prompt}}, [optimizer], [0])
     gradient = jax.tree.map(lambda leaf: leaf**2, state.trained)  # moments that are not all zero
     _, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
     tree = {

@@ -121,9 +121,9 @@ def make_step(
         prompt = jnp.asarray(prompt_PD)
     model = PromptedT5(T5(config, params, compute), SoftPrompt(prompt))
     graphdef, trained, frozen = trees.split(model)
-    init = functools.partial(steps.init_state, optimizer=optimizer, seed=0)
+    init = functools.partial(steps.init_state, optimizers=[optimizer], seeds=[0])
     state = jax.eval_shape(init, trained) if prompt_PD is None else init(trained)
-    run = functools.partial(steps.train_step, graphdef, optimizer, steps.StepOptions())
+    run = functools.partial(steps.train_step, graphdef, [optimizer], steps.StepOptions())
     return Step(run, state, frozen, batch)
 
 

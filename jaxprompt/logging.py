@@ -54,6 +54,7 @@ class RunLogger:
         score: str = "",
         config: Mapping[str, Any] | None = None,
         active: bool = True,
+        screen: bool = True,
     ) -> None:
         """Opens `directory`/metrics.jsonl and the sinks.
 
@@ -66,6 +67,7 @@ class RunLogger:
           score: the `eval/...` value to keep in sight, "" = the first one of an evaluation.
           config: the run's resolved configuration, for W&B.
           active: false on every process but the first: nothing is written or shown.
+          screen: false = written only.
         Raises: UserError if the directory cannot be written, a sink is unknown or its package is
           missing.
         """
@@ -83,6 +85,8 @@ class RunLogger:
         except BaseException:
             self.close()
             raise
+        if not screen:
+            return
         if _has_terminal() if terminal is None else terminal:
             self._screen = _Bar(resumed_step or 0, total_steps, score)
         else:

@@ -1,22 +1,24 @@
-"""The loop around a compiled step that `train` and `pretrain` share: metrics, saving, stopping.
+"""The loop around a compiled step that `training` and `pretrain` share: metrics, saving, stopping.
 
-What a step computes, what is evaluated and what is kept are the callers' business.
+A run trains one thing, or several prompts side by side: members, each with a length, a score and an
+end of its own. What a step computes, what is evaluated and what is kept are the callers' business.
 """
 
 import contextlib
 import dataclasses
-import math
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.logging import RunLogger
+from jaxprompt.members import Member, Progress, log_together
+from jaxprompt.step_metrics import StepMetrics
 from jaxprompt.steps import TrainState
-from jaxprompt.typing import ArrayTree, Batch, UserError
+from jaxprompt.typing import ArrayTree, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,42 +64,13 @@ class LoopConfig:
 
 
 class Batches(Protocol):
-    """What the loop needs of a data pipeline."""
+    """What the loop needs of a data pipeline; what it gives out is for `Loop.put` and `step`."""
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Any: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
     @property
     def shape_counts(self) -> Mapping[Any, int]: ...
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a run knows beside its arrays; travels in the checkpoint's metadata.
-
-    Attributes:
-      best_score, best_step, best_metrics: of the best evaluation so far.
-      waited: evaluations since then.
-      evaluated: step of the last evaluation.
-      finished: the run has ended by itself: its steps are done, or it stopped early.
-      baselines: what the caller measured before the first step, by name.
-      train_examples, train_seconds: of the logged windows, without compilation and evaluation.
-    """
-
-    best_score: float | None = None
-    best_step: int = 0
-    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    waited: int = 0
-    evaluated: int = 0
-    finished: bool = False
-    baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    train_examples: float = 0.0
-    train_seconds: float = 0.0
-
-    @property
-    def examples_per_second(self) -> float:
-        """Speed of training; 0 if nothing was timed."""
-        return self.train_examples / self.train_seconds if self.train_seconds else 0.0
 
 
 def restore(
@@ -105,35 +78,34 @@ def restore(
     identity: Mapping[str, Any],
     state: TrainState,
     batches: Batches,
-    config: LoopConfig,
-    total_steps: int,
-) -> tuple[TrainState, Progress, int | None]:
+    lengths: Sequence[int],
+) -> tuple[TrainState, list[Progress], int | None]:
     """Where a run goes on: the newest whole checkpoint, with the data at the same place.
 
     Args:
       state: a fresh state, which also says structure and shardings.
-      config, total_steps: of this start; a finished run that was given more steps goes on.
-    Returns: (state, progress, step resumed from or None for a new run).
-    Raises: UserError if the directory holds another run or one that is further than `total_steps`,
-      or if no checkpoint in it is whole.
+      lengths: steps of each member, of this start.
+    Returns: (state, progress of each member, step resumed from or None for a new run).
+    Raises: UserError if the directory holds another run or one that is further than its steps, or
+      if no checkpoint in it is whole.
     """
     found = checkpoints.restore_latest(_saved(state), identity)
     if found is None:
-        return state, Progress(), None
+        return state, [Progress() for _ in lengths], None
     number, saved, metadata = found
-    if number > total_steps:
+    if number > max(lengths):
         raise UserError(
             f"run directory {checkpoints.directory.parent} is at step {number} already, this run "
-            f"has {total_steps}: raise train.steps or choose another output_dir"
+            f"has {max(lengths)}: raise train.steps or choose another output_dir"
         )
     batches.set_state(metadata["data"])
     known = {field.name for field in dataclasses.fields(Progress)}
-    progress = Progress(**{k: v for k, v in metadata["progress"].items() if k in known})
-    ends_here = number == total_steps or _is_stuck(config, progress)
-    progress.finished = progress.finished and ends_here
+    all_progress = [
+        Progress(**{k: v for k, v in entry.items() if k in known}) for entry in metadata["progress"]
+    ]
     saved = jax.device_put(saved)
     rng = jax.random.wrap_key_data(saved.pop("rng"))
-    return TrainState(**saved, rng=rng), progress, number
+    return TrainState(**saved, rng=rng, live=state.live), all_progress, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,196 +113,202 @@ class Loop:
     """Everything one run of the loop needs.
 
     Attributes:
-      step: (state, frozen, batch) -> (state, metrics), compiled.
+      step: (state, frozen, batch) -> (state, metrics [N] of each member), compiled.
       frozen: the frozen tree, an argument of every step.
       batches: the data, resumable.
       put: host batch -> device batch.
-      config, total_steps: when to do what, and when to end.
+      config: when to do what.
+      members: what is trained.
       checkpoints, identity: where the run's state is kept, and what run it is.
-      logger: where its metrics go.
-      learning_rate: finished steps -> the rate of the next one, to be logged.
-      evaluate: (step, trained) -> metrics with the key `score` (higher is better); None = never.
-      on_best: (step, trained, metrics), called when an evaluation is the best so far.
+      logger: where what concerns all members goes; the only one's own logger if there is one.
+      evaluate: (step, trained, members) -> metrics of each of these, with the key `score` (higher
+        is better); None = never.
+      on_best: (member, step, trained, metrics), called when an evaluation is its best so far.
+      on_end: (member), called when one of several has ended and the others go on.
     """
 
-    step: Callable[[TrainState, ArrayTree, Batch], tuple[TrainState, dict[str, Any]]]
+    step: Callable[[TrainState, ArrayTree, Any], tuple[TrainState, dict[str, Any]]]
     frozen: ArrayTree
     batches: Batches
-    put: Callable[[Batch], Batch]
+    put: Callable[[Any], Any]
     config: LoopConfig
-    total_steps: int
+    members: Sequence[Member]
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     logger: RunLogger
-    learning_rate: Callable[[int], float]
-    evaluate: Callable[[int, ArrayTree], dict[str, float]] | None = None
-    on_best: Callable[[int, ArrayTree, dict[str, float]], None] | None = None
+    evaluate: Callable[[int, ArrayTree, Sequence[int]], Sequence[dict[str, float]]] | None = None
+    on_best: Callable[[int, int, ArrayTree, dict[str, float]], None] | None = None
+    on_end: Callable[[int], None] | None = None
 
-    def run(self, state: TrainState, progress: Progress) -> TrainState:
-        """Steps to the end from what `restore` returned; keeps `progress` up to date.
+    def run(self, state: TrainState, all_progress: Sequence[Progress]) -> TrainState:
+        """Steps to the end from what `restore` returned; keeps `all_progress` up to date.
 
-        Returns: the final state; `progress.finished` is False after a SIGTERM.
-        Raises: UserError if the loss stops being finite, or a checkpoint cannot be saved.
+        Returns: the final state; some `Progress.finished` is False after a SIGTERM.
+        Raises: UserError if the loss of the only member, or of all, stops being finite, if a
+          checkpoint cannot be saved, or if a member that ended before others is to go on.
         """
         start = int(jax.device_get(state.step))
-        if progress.finished:
+        for member, progress in zip(self.members, all_progress, strict=True):
+            if progress.finished and not member.ends(progress.ended, progress):
+                if progress.ended < start:
+                    raise UserError(
+                        f"{member.name} ended at step {progress.ended}, the others are at step "
+                        f"{start}: it cannot go on with them; give it an output_dir of its own"
+                    )
+                progress.finished, progress.ended = False, 0
+        run = _Run(self, list(all_progress))
+        if run.is_over:
             self.logger.note(
                 f"the run ended at step {start:,} already; train.steps makes it longer"
             )
             return state
         with _sigterm_flag() as terminated, jax.transfer_guard("disallow"):
-            return self._steps(state, start, progress, terminated)
+            return run.steps(state, start, terminated)
 
-    def _steps(
-        self, state: TrainState, start: int, progress: Progress, terminated: list[bool]
-    ) -> TrainState:
-        late = _LateMetrics(self, progress)
+
+class _Run:
+    """One start of a loop."""
+
+    def __init__(self, loop: Loop, all_progress: list[Progress]):
+        self.loop, self.progress = loop, all_progress
+        self.total_steps = max(member.total_steps for member in loop.members)
+        self._live: list[int] | None = None
+
+    @property
+    def live(self) -> list[int]:
+        """The members that go on."""
+        return [n for n, progress in enumerate(self.progress) if not progress.finished]
+
+    @property
+    def is_over(self) -> bool:
+        return not self.live
+
+    def steps(self, state: TrainState, start: int, terminated: list[bool]) -> TrainState:
+        """Steps from `start` to the end."""
+        loop = self.loop
+        late = StepMetrics(
+            loop.members,
+            self.progress,
+            loop.logger,
+            loop.checkpoints,
+            lambda: len(loop.batches.shape_counts),
+            loop.config.log_every,
+        )
         number, ended = start, False
-        if self._awaits_evaluation(start, progress):  # a SIGTERM came in between
-            ended = self._after(start, state, progress, late, terminated)
+        state = self._with_live(state)
+        if self._awaiting(start):  # a SIGTERM came in between
+            state, ended = self._after(start, state, late, terminated)
         while not ended:
             number += 1
-            batch = self.put(next(self.batches))
-            state, metrics = self.step(state, self.frozen, batch)
+            batch = self.loop.put(next(self.loop.batches))
+            state, metrics = self.loop.step(state, self.loop.frozen, batch)
             late.add(number, metrics)
-            ended = self._after(number, state, progress, late, terminated)
-        self.checkpoints.wait()
+            state, ended = self._after(number, state, late, terminated)
+        self.loop.checkpoints.wait()
         return state
 
     def _after(
-        self,
-        number: int,
-        state: TrainState,
-        progress: Progress,
-        late: "_LateMetrics",
-        terminated: list[bool],
-    ) -> bool:
+        self, number: int, state: TrainState, late: StepMetrics, terminated: list[bool]
+    ) -> tuple[TrainState, bool]:
         """Evaluates and saves if that is due after a step; whether the loop ends with it."""
-        if self._awaits_evaluation(number, progress) and not terminated[0]:
+        if self._awaiting(number) and not terminated[0]:
             late.drain()
-            self._evaluate(number, state, progress)
+            self._evaluate(number, state)
             late.restart_clock()
         terminates = terminated[0]  # read once: a SIGTERM from here on ends the next step
-        early = _is_stuck(self.config, progress)
-        progress.finished = (early or number == self.total_steps) and (
-            not self._awaits_evaluation(number, progress)
-        )
-        if terminates or progress.finished or self._is_due(self.config.save_every, number):
+        awaiting = self._awaiting(number)
+        ending = [
+            n
+            for n in self.live
+            if n not in awaiting and self.loop.members[n].ends(number, self.progress[n])
+        ]
+        if ending:
             late.drain()
-            self._save(number, state, progress)
-        if progress.finished:
-            if early and number < self.total_steps:
-                self.logger.note(
-                    f"stopped early at step {number}: {progress.waited} evaluations without a "
-                    f"better score than {progress.best_score:.2f} of step {progress.best_step}"
-                )
-        elif terminates:
-            self.logger.note(
+        for n in ending:
+            self.progress[n].finished, self.progress[n].ended = True, number
+        if terminates or self.is_over or self._is_due(self.loop.config.save_every, number):
+            late.drain()
+            self._save(number, state)
+        self._tell_early(number, ending)
+        if terminates and not self.is_over:
+            self.loop.logger.note(
                 f"SIGTERM: stopped and saved at step {number}; the same command goes on"
             )
-        return terminates or progress.finished
+        return self._with_live(state), terminates or self.is_over
+
+    def _with_live(self, state: TrainState) -> TrainState:
+        """The state, told which members go on; those that do not are dropped from the data."""
+        live, before = self.live, self._live
+        if live == before or len(self.progress) == 1:
+            return state
+        self._live = live
+        for n in range(len(self.progress)):
+            if n not in live and (before is None or n in before) and self.loop.on_end is not None:
+                self.loop.on_end(n)
+        flags = np.array([n in live for n in range(len(self.progress))])
+        return dataclasses.replace(state, live=jax.device_put(flags, state.live.sharding))
+
+    def _tell_early(self, number: int, ending: Sequence[int]) -> None:
+        for n in ending:
+            member, progress = self.loop.members[n], self.progress[n]
+            if number < member.total_steps and not progress.diverged:
+                self.loop.logger.note(
+                    f"{member.name + ': ' if member.name else ''}stopped early at step {number}: "
+                    f"{progress.waited} evaluations without a better score than "
+                    f"{progress.best_score:.2f} of step {progress.best_step}"
+                )
 
     def _is_due(self, every: int, number: int) -> bool:
         return number == self.total_steps or (every > 0 and number % every == 0)
 
-    def _awaits_evaluation(self, number: int, progress: Progress) -> bool:
-        """Whether a step is one to evaluate after, and that was not done yet."""
-        due = number > 0 and self._is_due(self.config.eval_every, number)
-        return self.evaluate is not None and due and progress.evaluated < number
+    def _awaiting(self, number: int) -> list[int]:
+        """The members to evaluate after a step, if that was not done yet."""
+        if self.loop.evaluate is None or number < 1:
+            return []
+        every = self._is_due(self.loop.config.eval_every, number)
+        return [
+            n
+            for n in self.live
+            if (every or number == self.loop.members[n].total_steps)
+            and self.progress[n].evaluated < number
+        ]
 
-    def _evaluate(self, number: int, state: TrainState, progress: Progress) -> None:
-        assert self.evaluate is not None
+    def _evaluate(self, number: int, state: TrainState) -> None:
+        assert self.loop.evaluate is not None
+        members = self._awaiting(number)
         with jax.transfer_guard("allow"):
-            metrics = self.evaluate(number, state.trained)
-            score = metrics.pop("score")
-            self.logger.log(number, {f"eval/{name}": value for name, value in metrics.items()})
-            progress.evaluated = number
-            if progress.best_score is None or score > progress.best_score:
-                progress.best_score, progress.best_step, progress.waited = score, number, 0
-                progress.best_metrics = metrics
-                if self.on_best is not None:
-                    self.on_best(number, state.trained, metrics)
-            else:
-                progress.waited += 1
+            results = self.loop.evaluate(number, state.trained, members) if members else []
+            scores = [metrics.pop("score") for metrics in results]
+            for n, metrics, score in zip(members, results, scores, strict=True):
+                progress = self.progress[n]
+                values = {f"eval/{name}": value for name, value in metrics.items()}
+                self.loop.members[n].logger.log(number, values)
+                progress.evaluated = number
+                if progress.best_score is None or score > progress.best_score:
+                    progress.best_score, progress.best_step, progress.waited = score, number, 0
+                    progress.best_metrics = metrics
+                    if self.loop.on_best is not None:
+                        self.loop.on_best(n, number, state.trained, metrics)
+                else:
+                    progress.waited += 1
+            if len(self.progress) > 1 and results:
+                named = [
+                    {f"eval/{name}": value for name, value in metrics.items()}
+                    for metrics in results
+                ]
+                log_together(self.loop.logger, number, named)
 
-    def _save(self, number: int, state: TrainState, progress: Progress) -> None:
+    def _save(self, number: int, state: TrainState) -> None:
         with jax.transfer_guard("allow"):
-            self.checkpoints.save(
+            self.loop.checkpoints.save(
                 number,
                 _saved(state),
                 {
-                    "identity": dict(self.identity),
-                    "data": self.batches.get_state(),
-                    "progress": dataclasses.asdict(progress),
+                    "identity": dict(self.loop.identity),
+                    "data": self.loop.batches.get_state(),
+                    "progress": [dataclasses.asdict(progress) for progress in self.progress],
                 },
             )
-
-
-class _LateMetrics:
-    """Fetches a step's metrics after the next step was dispatched, checks and logs them."""
-
-    def __init__(self, loop: Loop, progress: Progress):
-        self._loop, self._progress = loop, progress
-        self._waiting: tuple[int, dict[str, Any]] | None = None
-        self._shapes = 0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves what came before (evaluation, compilation) out of examples/s."""
-        self._clock = time.perf_counter()
-        self._examples = 0.0
-
-    def add(self, number: int, metrics: dict[str, Any]) -> None:
-        previous, self._waiting = self._waiting, (number, metrics)
-        if previous is not None:
-            self._fetch(*previous, newest=number)
-
-    def drain(self) -> None:
-        previous, self._waiting = self._waiting, None
-        if previous is not None:
-            self._fetch(*previous, newest=previous[0])
-
-    def _fetch(self, number: int, metrics: dict[str, Any], newest: int) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        broken = [
-            name
-            for name in ("loss", "grad_norm", "trained_norm")
-            if not math.isfinite(values[name])
-        ]
-        if broken:
-            with contextlib.suppress(UserError):
-                self._loop.checkpoints.wait()
-            steps = self._loop.checkpoints.steps()
-            kept = (
-                f"the last good checkpoint is step {steps[-1]}"
-                if steps
-                else "no checkpoint was saved yet"
-            )
-            raise UserError(
-                f"{broken[0]} is not finite at step {number} (found by step {newest}); {kept}: "
-                "lower optim.learning_rate or use another seed"
-            )
-        self._examples += values["examples"]
-        seconds = time.perf_counter() - self._clock
-        values["examples_per_second"] = self._examples / seconds if seconds else 0.0
-        self._loop.logger.progress(number)
-        if number % self._loop.config.log_every == 0 or number == self._loop.total_steps:
-            values["learning_rate"] = self._loop.learning_rate(number - 1)
-            self._loop.logger.log(number, values)
-            if self._is_steady():
-                self._progress.train_examples += self._examples
-                self._progress.train_seconds += seconds
-            self.restart_clock()
-
-    def _is_steady(self) -> bool:
-        """Whether nothing was compiled since the last window."""
-        before, self._shapes = self._shapes, len(self._loop.batches.shape_counts)
-        return before == self._shapes
-
-
-def _is_stuck(config: LoopConfig, progress: Progress) -> bool:
-    """Whether evaluations have not got better for long enough to stop early."""
-    return 0 < config.early_stopping <= progress.waited
 
 
 @contextlib.contextmanager

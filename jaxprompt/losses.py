@@ -41,14 +41,14 @@ def token_weights(
       num_segments: G.
       by: "tokens" (every target token counts the same) or "examples" (every example counts the
         same, whatever its target's length; what mixtures of tasks need).
-    Returns: (float32 [B, T] weights, float32 [] number of units: tokens or examples).
+    Returns: (float32 [B, T] weights, float32 [B] units of each row: tokens or examples).
     """
     if by == "tokens":
-        return weights_BT, jnp.sum(weights_BT)
+        return weights_BT, jnp.sum(weights_BT, axis=1)
     if by != "examples":
         raise ValueError(f"loss is averaged by tokens or examples, not {by!r}")
     tokens_BG = segment_sums(weights_BT, segments_BT, num_segments)
     inverse_BG = jnp.where(tokens_BG > 0, 1.0 / jnp.maximum(tokens_BG, 1.0), 0.0)
     index_BT = jnp.maximum(segments_BT - 1, 0)
     per_token_BT = jnp.take_along_axis(inverse_BG, index_BT, axis=1)
-    return weights_BT * per_token_BT, jnp.sum(tokens_BG > 0).astype(jnp.float32)
+    return weights_BT * per_token_BT, jnp.sum(tokens_BG > 0, axis=1, dtype=jnp.float32)

@@ -22,6 +22,7 @@ from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.files import held, make_directory, write_file
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
+from jaxprompt.members import Member
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
 from jaxprompt.plots import write_run_plot
@@ -69,9 +70,9 @@ def pretrain(config: PretrainConfig) -> Path:
         dropout_rate=recipe.dropout if dropout is None else dropout,
         accumulate=config.train.accumulate,
     )
-    step = jax.jit(functools.partial(train_step, graphdef, optimizer, options), donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, graphdef, [optimizer], options), donate_argnums=0)
     mesh = make_mesh(config.mesh.data, config.mesh.model)
-    state = replicate(mesh, init_state(trained, optimizer, config.seed))
+    state = replicate(mesh, init_state(trained, [optimizer], [config.seed]))
 
     # ---- evaluation and export ---------------------------------------------------------------
     score = jax.jit(functools.partial(eval_step, graphdef, options))
@@ -84,7 +85,7 @@ def pretrain(config: PretrainConfig) -> Path:
         tree = merge(graphdef, trained, frozen).backbone.tree()
         save_hf(exported, tree, t5_config, tokenizer_dir=tokenizer_dir, dtype=config.export_dtype)
 
-    def evaluate(number: int, trained: ArrayTree) -> dict[str, float]:
+    def evaluate(number: int, trained: ArrayTree, _: Sequence[int]) -> list[dict[str, float]]:
         metrics = {}
         for name, fixed in validation.items():
             sums = [
@@ -97,7 +98,7 @@ def pretrain(config: PretrainConfig) -> Path:
         losses = [value for name, value in metrics.items() if name.endswith("/loss")]
         metrics["score"] = -sum(losses) / len(losses) if losses else float(number)
         export(trained)
-        return metrics
+        return [metrics]
 
     # ---- run ---------------------------------------------------------------------------------
     batches = _batches(config.mixture, tokenizer, t5_config, config.seed)
@@ -112,9 +113,7 @@ def pretrain(config: PretrainConfig) -> Path:
         closing(batches),
         Checkpoints(folder, config.train.keep) as checkpoints,
     ):
-        state, progress, resumed = restore(
-            checkpoints, identity, state, batches, config.train, total_steps
-        )
+        state, progress, resumed = restore(checkpoints, identity, state, batches, [total_steps])
         with RunLogger(
             make_directory(directory), total_steps=total_steps, resumed_step=resumed,
             config=dataclasses.asdict(config), active=jax.process_index() == 0,
@@ -126,11 +125,12 @@ def pretrain(config: PretrainConfig) -> Path:
                 f"{start}: {count(trained):,} parameters, {total_steps:,} steps, output in "
                 f"{directory}"
             )
+            rate = functools.partial(learning_rate_at, config.optim, total_steps)
+            member = Member("", total_steps, config.train.early_stopping, rate, logger)
             loop = Loop(
                 step=step, frozen=frozen, batches=batches, put=functools.partial(shard_batch, mesh),
-                config=config.train, total_steps=total_steps, checkpoints=checkpoints,
-                identity=identity, logger=logger, evaluate=evaluate,
-                learning_rate=functools.partial(learning_rate_at, config.optim, total_steps),
+                config=config.train, checkpoints=checkpoints, identity=identity, logger=logger,
+                evaluate=evaluate, members=[member],
             )  # fmt: skip
             state = loop.run(state, progress)
             for number, report in enumerate(batches.report()):

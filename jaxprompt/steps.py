@@ -5,6 +5,8 @@ pass holds no weight-gradient matmul. `train`, `pretrain` and `evaluate` jit the
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,31 +14,36 @@ import jax.numpy as jnp
 import optax
 
 from jaxprompt.losses import cross_entropy, segment_sums, token_weights
+from jaxprompt.prompts.bank import bank_of, members
 from jaxprompt.t5.decode import Generated
 from jaxprompt.t5.search import Search
 from jaxprompt.t5.stepwise import Draw, Halted
 from jaxprompt.trees import merge
 from jaxprompt.typing import Array, ArrayTree, Batch, Candidates
 
+FINITE = ("loss", "grad_norm", "trained_norm")  # metrics without which a run cannot go on
 _CANDIDATES_AT_ONCE = 4  # decoded together: they share cross-attention's keys and values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes during a run.
+    """All that changes during a run of N prompts over one backbone, or of the model itself (N = 1).
 
     Attributes:
       step: int32 [], steps taken.
-      trained: the tree the optimizer sees.
-      opt_state: optax state.
-      rng: typed key; step n folds n into it, so a resumed run draws what an unbroken one does.
+      trained: the tree the optimizers see.
+      opt_state: optax state of each of N.
+      rng: typed keys [N]; step n folds n into them, so a resumed run draws what an unbroken one
+        does.
+      live: bool [N], which ones steps still change.
     """
 
     step: Array
     trained: ArrayTree
     opt_state: Any
     rng: Array
+    live: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +63,25 @@ class StepOptions:
     accumulate: int = 1
 
 
-def init_state(
-    trained: ArrayTree, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
-    """Step 0."""
+Optimizers = Sequence[optax.GradientTransformation]
+"""Of each prompt of a bank, or of the one thing that is trained."""
+
+
+def init_state(trained: ArrayTree, optimizers: Optimizers, seeds: Sequence[int]) -> TrainState:
+    """Step 0, with an optimizer and a seed for each prompt."""
+    trees = members(trained, len(optimizers))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trained=trained,
-        opt_state=optimizer.init(trained),
-        rng=jax.random.key(seed),
+        opt_state=[optimizer.init(t) for optimizer, t in zip(optimizers, trees, strict=True)],
+        rng=jnp.stack([jax.random.key(seed) for seed in seeds]),
+        live=jnp.ones(len(seeds), bool),
     )
 
 
 def train_step(
     graphdef: Any,
-    optimizer: optax.GradientTransformation,
+    optimizers: Optimizers,
     options: StepOptions,
     state: TrainState,
     frozen: ArrayTree,
@@ -78,51 +89,106 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Loss, gradient of the trained tree, update.
 
-    Returns: the next state, and scalars {"loss", "accuracy" (of target tokens), "grad_norm",
-      "trained_norm" (after the update), "tokens", "examples"}; the loss includes z-loss.
+    Returns: as `update`.
     """
-    key = jax.random.fold_in(state.rng, state.step)
+    return update(optimizers, state, *gradients(graphdef, options, state, frozen, batch))
 
-    def weighted_sum(trained: ArrayTree, part: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+
+def gradients(
+    graphdef: Any, options: StepOptions, state: TrainState, frozen: ArrayTree, batch: Batch
+) -> tuple[ArrayTree, dict[str, Array]]:
+    """Gradient of the summed loss, and sums for each of N prompts; parts of a batch add up.
+
+    A row is of one prompt, the one that its first segment names.
+
+    Returns: a tree like the trained one, and float32 [N] each: {"loss" (z-loss included), "units"
+      (that losses are averaged over), "right" (target tokens), "tokens", "examples"}.
+    """
+
+    def weighted_sum(trained: ArrayTree, part: Batch) -> tuple[Array, dict[str, Array]]:
         model = merge(graphdef, trained, frozen)
-        dropout_key = key if options.dropout_rate else None
-        logits_BTV = model(part, dropout_rate=options.dropout_rate, dropout_key=dropout_key)
+        keys_B = _row_keys(state, part) if options.dropout_rate else None
+        logits_BTV = model(part, dropout_rate=options.dropout_rate, dropout_key=keys_B)
         loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
         segments = part.example_index_BG.shape[1]
-        weights_BT, units = token_weights(
+        weights_BT, units_B = token_weights(
             part.loss_weights_BT, part.decoder_segments_BT, segments, options.loss_by
         )
         right_BT = (jnp.argmax(logits_BTV, axis=-1) == part.targets_BT) * part.loss_weights_BT
-        return jnp.sum(loss_BT * weights_BT), {
-            "units": units,
-            "right": jnp.sum(right_BT),
-            "tokens": jnp.sum(part.loss_weights_BT),
-            "examples": jnp.sum(part.example_index_BG >= 0).astype(jnp.float32),
+        owner_B = part.prompt_index_BG[:, 0]
+        sums = {
+            "loss": jnp.sum(loss_BT * weights_BT, axis=1),
+            "units": units_B,
+            "right": jnp.sum(right_BT, axis=1),
+            "tokens": jnp.sum(part.loss_weights_BT, axis=1),
+            "examples": jnp.sum(part.example_index_BG >= 0, axis=1, dtype=jnp.float32),
+        }
+        count = len(state.live)
+        return jnp.sum(sums["loss"]), {
+            name: jax.ops.segment_sum(sum_B, owner_B, count) for name, sum_B in sums.items()
         }
 
-    gradient = jax.value_and_grad(weighted_sum, has_aux=True)
+    gradient = jax.grad(weighted_sum, has_aux=True)
     if options.accumulate == 1:
-        (loss_sum, sums), grads = gradient(state.trained, batch, key)
-    else:
-        (loss_sum, sums), grads = _accumulated(
-            gradient, state.trained, batch, key, options.accumulate
-        )
+        return gradient(state.trained, batch)
+    return _accumulated(gradient, state.trained, batch, options.accumulate)
+
+
+def update(
+    optimizers: Optimizers, state: TrainState, grads: ArrayTree, sums: Mapping[str, Array]
+) -> tuple[TrainState, dict[str, Array]]:
+    """What the optimizers make of a batch's gradients.
+
+    One of several prompts that is not live, or whose numbers are not finite, stays as it is.
+
+    Returns: the next state, and float32 [N] each {"loss", "accuracy" (of target tokens),
+      "grad_norm", "trained_norm" (after the update), "tokens", "examples"}.
+    """
+    count = len(optimizers)
     units = jnp.maximum(sums["units"], 1.0)
-    grads = jax.tree.map(lambda g: g / units, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-    trained = optax.apply_updates(state.trained, updates)
-    metrics = {
-        "loss": loss_sum / units,
+    metrics: dict[str, Any] = {
+        "loss": sums["loss"] / units,
         "accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1.0),
-        "grad_norm": optax.tree.norm(grads),
-        "trained_norm": optax.tree.norm(trained),
+        "grad_norm": [],
+        "trained_norm": [],
         "tokens": sums["tokens"],
         "examples": sums["examples"],
     }
-    return TrainState(state.step + 1, trained, opt_state, state.rng), metrics
+    old, new = list(zip(members(state.trained, count), state.opt_state, strict=True)), []
+    for number, (optimizer, (tree, moments), grad) in enumerate(
+        zip(optimizers, old, members(grads, count), strict=True)
+    ):
+        mean = jax.tree.map(lambda g, n=number: g / units[n], grad)
+        updates, moments = optimizer.update(mean, moments, tree)
+        tree = optax.apply_updates(tree, updates)
+        metrics["grad_norm"].append(optax.tree.norm(mean))
+        metrics["trained_norm"].append(optax.tree.norm(tree))
+        new.append((tree, moments))
+    metrics = {
+        name: jnp.stack(value) if isinstance(value, list) else value
+        for name, value in metrics.items()
+    }
+    live = state.live
+    if count > 1:  # one by itself ends its run with an error
+        for name in FINITE:
+            live &= jnp.isfinite(metrics[name])
+        new = [
+            jax.tree.map(functools.partial(jnp.where, live[number]), after, before)
+            for number, (after, before) in enumerate(zip(new, old, strict=True))
+        ]
+    trees, opt_state = zip(*new, strict=True)
+    return TrainState(state.step + 1, bank_of(trees), list(opt_state), state.rng, live), metrics
 
 
-def _accumulated(gradient: Any, trained: ArrayTree, batch: Batch, key: Array, parts: int) -> Any:
+def _row_keys(state: TrainState, batch: Batch) -> Array:
+    """A key for each row: of its prompt, the step and the row's first example, typed [B]."""
+    keys_N = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.rng, state.step)
+    return jax.vmap(jax.random.fold_in)(
+        keys_N[batch.prompt_index_BG[:, 0]], batch.example_index_BG[:, 0]
+    )
+
+
+def _accumulated(gradient: Any, trained: ArrayTree, batch: Batch, parts: int) -> Any:
     """Sums losses and gradients over microbatches, one after another.
 
     A microbatch takes every parts-th row, so that each device of a mesh keeps to its own rows.
@@ -131,18 +197,13 @@ def _accumulated(gradient: Any, trained: ArrayTree, batch: Batch, key: Array, pa
     def deal(leaf: Array) -> Array:
         return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
 
-    def add(total: Any, scanned: tuple[Batch, Array]) -> tuple[Any, None]:
-        part, number = scanned
-        return jax.tree.map(
-            jnp.add, total, gradient(trained, part, jax.random.fold_in(key, number))
-        ), None
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trained, part)), None
 
     microbatches = jax.tree.map(deal, batch)
-    shapes = jax.eval_shape(
-        gradient, trained, jax.tree.map(lambda leaf: leaf[0], microbatches), key
-    )
+    shapes = jax.eval_shape(gradient, trained, jax.tree.map(lambda leaf: leaf[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(parts)))
+    total, _ = jax.lax.scan(add, zeros, microbatches)
     return total
 
 
@@ -156,7 +217,7 @@ def eval_step(
     """
     logits_BTV = merge(graphdef, trained, frozen)(batch)
     segments = batch.example_index_BG.shape[1]
-    weights_BT, units = token_weights(
+    weights_BT, units_B = token_weights(
         batch.loss_weights_BT, batch.decoder_segments_BT, segments, options.loss_by
     )
     loss_BT = cross_entropy(logits_BTV, batch.targets_BT)
@@ -166,7 +227,7 @@ def eval_step(
     there_BG = batch.example_index_BG >= 0
     return {
         "loss": jnp.sum(loss_BT * weights_BT),
-        "units": units,
+        "units": jnp.sum(units_B),
         "right": jnp.sum(right_BT),
         "tokens": jnp.sum(batch.loss_weights_BT),
         "exact": jnp.sum((right_BG == tokens_BG) & there_BG).astype(jnp.float32),

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprompt import loop as loop_module
+from jaxprompt import step_metrics as step_metrics_module
 from jaxprompt.checkpoint import Checkpoints
-from jaxprompt.loop import Loop, LoopConfig, Progress, restore
+from jaxprompt.loop import Loop, LoopConfig, restore
+from jaxprompt.members import Member, Progress
 from jaxprompt.steps import TrainState
 from jaxprompt.typing import UserError
 
@@ -31,7 +32,7 @@ class Metric:
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         self._fetched()
-        return np.array(self._value, dtype)
+        return np.array([self._value], dtype)
 
 
 class Numbers:
@@ -89,20 +90,26 @@ class Run:
         self.told: list[str] = []
         self.logger = Logger(self.told)
         batches = Numbers(self.shapes)
-        fresh = TrainState(jnp.zeros((), jnp.int32), {"sum": jnp.zeros(())}, (), jax.random.key(0))
+        fresh = TrainState(
+            jnp.zeros((), jnp.int32), {"sum": jnp.zeros(())}, [()], jax.random.key(0)[None],
+            jnp.ones(1, bool),
+        )  # fmt: skip
         with Checkpoints(self.directory / "checkpoints", self.config.keep) as checkpoints:
             self._note_saves(checkpoints)
-            state, self.progress, self.resumed = restore(
-                checkpoints, IDENTITY, fresh, batches, self.config, self.total
+            state, (self.progress,), self.resumed = restore(
+                checkpoints, IDENTITY, fresh, batches, [self.total]
             )
             loop = Loop(
                 step=self._step, frozen={}, batches=batches, put=lambda batch: batch,
-                config=self.config, total_steps=self.total, checkpoints=checkpoints,
+                config=self.config, checkpoints=checkpoints, on_best=self._on_best,
                 identity=IDENTITY, logger=self.logger,  # pyright: ignore[reportArgumentType]
-                learning_rate=lambda done: done / 10, on_best=self._on_best,
                 evaluate=None if self.scores is None else self._evaluate,
+                members=[Member(
+                    "", self.total, self.config.early_stopping, lambda done: done / 10,
+                    self.logger,  # pyright: ignore[reportArgumentType]
+                )],
             )  # fmt: skip
-            self.state = loop.run(state, self.progress)
+            self.state = loop.run(state, [self.progress])
         return self
 
     @property
@@ -134,13 +141,13 @@ class Run:
         metrics = {name: Metric(value, fetched) for name, value in values.items()}
         return state, {**metrics, "loss": Metric(values["loss"], loss_fetched)}
 
-    def _evaluate(self, number: int, trained: Any) -> dict[str, float]:
+    def _evaluate(self, number: int, trained: Any, which: Any) -> list[dict[str, float]]:
         self.told.append(f"evaluate {number}")
         self.during("evaluate", number)
         assert self.scores is not None
-        return {"accuracy": 50.0, "score": self.scores(number)}
+        return [{"accuracy": 50.0, "score": self.scores(number)}]
 
-    def _on_best(self, number: int, trained: Any, metrics: dict[str, float]) -> None:
+    def _on_best(self, n: int, number: int, trained: Any, metrics: dict[str, float]) -> None:
         self.told.append(f"best {number}")
 
     def _note_saves(self, checkpoints: Checkpoints) -> None:
@@ -210,7 +217,7 @@ def test_the_transfer_guard_is_on_in_a_step_and_off_around_it(run):
 
 def test_speed_leaves_out_windows_in_which_something_was_compiled(run, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_metrics_module.time, "perf_counter", lambda: now[0])
     made = run(8, log_every=2, eval_every=4)
     made.shapes = lambda number: 2 if number >= 5 else 1
 

@@ -55,22 +55,22 @@ GRAPHDEF, TRAINED, FROZEN = make_parts()
 @functools.cache
 def compiled(options: StepOptions) -> Any:
     """The step with SGD of rate 1: the update is minus the gradient."""
-    return jax.jit(functools.partial(steps.train_step, GRAPHDEF, SGD, options))
+    return jax.jit(functools.partial(steps.train_step, GRAPHDEF, [SGD], options))
 
 
 def gradient(options: StepOptions, batch: Batch) -> tuple[np.ndarray, dict[str, Any]]:
-    state, metrics = compiled(options)(steps.init_state(TRAINED, SGD, 0), FROZEN, batch)
+    state, metrics = compiled(options)(steps.init_state(TRAINED, [SGD], [0]), FROZEN, batch)
     return TRAINED["method"]["prompt"] - state.trained["method"]["prompt"], metrics
 
 
 ADAMW = optax.adamw(0.3, weight_decay=0.1)
 adamw_step = jax.jit(
-    functools.partial(steps.train_step, GRAPHDEF, ADAMW, StepOptions()), donate_argnums=0
+    functools.partial(steps.train_step, GRAPHDEF, [ADAMW], StepOptions()), donate_argnums=0
 )
 
 
 def adamw_state() -> TrainState:
-    return steps.init_state(jax.tree.map(jnp.copy, TRAINED), ADAMW, 0)
+    return steps.init_state(jax.tree.map(jnp.copy, TRAINED), [ADAMW], [0])
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def test_only_the_trained_tree_changes_and_only_the_state_is_donated():
 def test_a_train_state_holds_no_backbone():
     """Prompt and two moments of it; the rest are scalars."""
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(adamw_state()))
-    assert sizes == [1, 1, 1, *[SLOTS * CONFIG.d_model] * 3]
+    assert sizes == [1, 1, 1, 1, *[SLOTS * CONFIG.d_model] * 3]
 
 
 def weight_shaped_outputs(
@@ -123,8 +123,8 @@ def weight_shaped_outputs(
         for path, spec in specs.items()
         if len(spec.shape) > 1 and "scale" not in path
     }
-    state = steps.init_state(trained, SGD, 0)
-    step = functools.partial(steps.train_step, graphdef, SGD, StepOptions())
+    state = steps.init_state(trained, [SGD], [0])
+    step = functools.partial(steps.train_step, graphdef, [SGD], StepOptions())
     program = jax.make_jaxpr(step)(state, frozen, make_batch())
     return [
         (equation.primitive.name, equation.outvars[0].aval.shape)
@@ -170,8 +170,8 @@ def test_the_update_is_the_gradient_of_the_loss():
 
     def loss(shift: float) -> float:
         trained = {"method": {"prompt": TRAINED["method"]["prompt"] + shift * grad}}
-        state = steps.init_state(trained, SGD, 0)
-        return float(compiled(StepOptions())(state, FROZEN, make_batch())[1]["loss"])
+        state = steps.init_state(trained, [SGD], [0])
+        return float(compiled(StepOptions())(state, FROZEN, make_batch())[1]["loss"][0])
 
     width = 0.01 / float(metrics["grad_norm"])
     slope = (loss(width) - loss(-width)) / (2 * width)
@@ -197,9 +197,9 @@ def test_dropout_depends_on_seed_and_step_alone():
     options = StepOptions(dropout_rate=0.2)
 
     def loss(seed: int, step: int) -> float:
-        state = steps.init_state(TRAINED, SGD, seed)
+        state = steps.init_state(TRAINED, [SGD], [seed])
         state = dataclasses.replace(state, step=jnp.int32(step))
-        return float(compiled(options)(state, FROZEN, make_batch())[1]["loss"])
+        return float(compiled(options)(state, FROZEN, make_batch())[1]["loss"][0])
 
     assert loss(0, 5) == loss(0, 5)
     assert len({loss(0, 5), loss(0, 6), loss(1, 5)}) == 3
@@ -212,7 +212,7 @@ def test_one_trace_for_each_batch_shape():
     def counted(state: TrainState, frozen: dict, batch: Batch) -> Any:
         nonlocal traces
         traces += 1
-        return steps.train_step(GRAPHDEF, ADAMW, StepOptions(), state, frozen, batch)
+        return steps.train_step(GRAPHDEF, [ADAMW], StepOptions(), state, frozen, batch)
 
     run = jax.jit(counted)
     state = adamw_state()
@@ -242,7 +242,9 @@ def test_a_mesh_computes_what_one_device_does():
     mesh = sharding.make_mesh(data=2, model=4)
     shardings = sharding.tree_shardings(mesh, param_specs(CONFIG))
     frozen = jax.device_put(FROZEN, {"backbone": {"params": shardings}})
-    state = jax.device_put(steps.init_state(TRAINED, SGD, 0), NamedSharding(mesh, PartitionSpec()))
+    state = jax.device_put(
+        steps.init_state(TRAINED, [SGD], [0]), NamedSharding(mesh, PartitionSpec())
+    )
     rows = sharding.shard_batch(mesh, make_batch())
     state, metrics = compiled(StepOptions(accumulate=2))(state, frozen, rows)
     got = TRAINED["method"]["prompt"] - np.asarray(state.trained["method"]["prompt"])

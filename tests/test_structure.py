@@ -20,8 +20,30 @@ HOUSE = [
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
     ["steps"],
-    ["answerer", "config", "generation", "inference", "loop"],
-    ["api", "evaluate", "inspection", "listing", "plan", "predict", "pretrain", "serve", "train"],
+    [
+        "answerer",
+        "compiled",
+        "config",
+        "generation",
+        "inference",
+        "loop",
+        "members",
+        "step_metrics",
+        "trainee",
+    ],
+    [
+        "api",
+        "evaluate",
+        "inspection",
+        "listing",
+        "plan",
+        "predict",
+        "pretrain",
+        "serve",
+        "sweep",
+        "train",
+        "training",
+    ],
     ["cli"],
 ]
 FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
@@ -31,7 +53,14 @@ NEIGHBOURS = {
     ("answerer", "generation"),
     ("config", "loop"),
     ("inference", "generation"),
-    ("train", "evaluate"),
+    ("loop", "members"),
+    ("loop", "step_metrics"),
+    ("step_metrics", "members"),
+    ("sweep", "training"),
+    ("trainee", "config"),
+    ("training", "evaluate"),
+    ("train", "sweep"),
+    ("train", "training"),
 }
 WALLS = {("prompts", "t5"), ("data", "t5"), ("data", "prompts")}
 

@@ -26,13 +26,16 @@ from run_fixtures import (
     write_rows,
 )
 
+from jaxprompt import compiled as compiled_module
+from jaxprompt import training as training_module
 from jaxprompt import trees
 from jaxprompt.artifact import load_artifact
 from jaxprompt.backbone import load_backbone
 from jaxprompt.config import load_config
 from jaxprompt.data.tasks import Task
 from jaxprompt.loop import Loop
-from jaxprompt.train import TrainResult, initial_values, train
+from jaxprompt.train import TrainResult, train
+from jaxprompt.trainee import initial_values
 from jaxprompt.typing import UserError
 
 __all__ = ["compiled", "world"]  # fixtures
@@ -58,7 +61,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found = Seen()
-    traced_step = train_module.train_step
+    traced_step = compiled_module.train_step
 
     class WatchedLoop(Loop):
         def run(self, state, progress):
@@ -74,21 +77,21 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.traces += 1
         return traced_step(*arguments)
 
-    monkeypatch.setattr(train_module, "Loop", WatchedLoop)
-    monkeypatch.setattr(train_module, "train_step", counted_step)
+    monkeypatch.setattr(training_module, "Loop", WatchedLoop)
+    monkeypatch.setattr(compiled_module, "train_step", counted_step)
     return found
 
 
 def listen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The notes of a run, as they come."""
     said: list[str] = []
-    note = train_module.RunLogger.note
+    note = training_module.RunLogger.note
 
     def heard(self, text):
         said.append(text)
         note(self, text)
 
-    monkeypatch.setattr(train_module.RunLogger, "note", heard)
+    monkeypatch.setattr(training_module.RunLogger, "note", heard)
     return said
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
-from jaxprompt.typing import Array, KeysValues, PromptValues, UserError
+from jaxprompt.typing import Array, ArrayTree, KeysValues, PromptValues, UserError
 
 
 class PromptBank(PromptMethod):
@@ -49,6 +49,24 @@ class PromptBank(PromptMethod):
 def bank_key(number: int) -> str:
     """The name of a bank's prompt in parameter trees; in the order of numbers, as jax sorts."""
     return f"{number:04d}"
+
+
+def members(trained: ArrayTree, count: int) -> list[ArrayTree]:
+    """What each of a bank's prompts trains, as trees of a prompt by itself.
+
+    Args:
+      trained: of a `PromptedT5` with a bank of `count` prompts, or with 1 of anything else.
+    """
+    if count == 1:
+        return [trained]
+    return [{"method": trained["method"]["prompts"][bank_key(n)]} for n in range(count)]
+
+
+def bank_of(trees: Sequence[ArrayTree]) -> ArrayTree:
+    """The trained tree of a bank; inverse of `members`."""
+    if len(trees) == 1:
+        return trees[0]
+    return {"method": {"prompts": {bank_key(n): tree["method"] for n, tree in enumerate(trees)}}}
 
 
 def _count(values: PromptValues) -> int:

@@ -133,11 +133,28 @@ def rms_norm(scale_D: Array, x: Array, epsilon: float) -> Array:
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; the identity when the rate is 0 or no key is given."""
+    """Inverted dropout; the identity when the rate is 0 or no key is given.
+
+    Args:
+      x: [B, ...].
+      key: one typed key, or [B], of each row: then a row's draws do not depend on its neighbours.
+    """
     if not rate or key is None:
         return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    if key.ndim:
+        kept = jax.vmap(lambda row: jax.random.bernoulli(row, 1.0 - rate, x.shape[1:]))(key)
+    else:
+        kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def fold_key(key: Array | None, number: jax.typing.ArrayLike) -> Array | None:
+    """A key for another purpose from one typed key, or from each of [B]."""
+    if key is None:
+        return None
+    if key.ndim:
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, number)
+    return jax.random.fold_in(key, number)
 
 
 def mlp(

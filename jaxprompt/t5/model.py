@@ -3,6 +3,7 @@
 Reading order: `encode`, `decode`, `logits`; each scans one layer function over the stacked layers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,15 @@ from jaxprompt.t5.attention import (
     with_prefix,
 )
 from jaxprompt.t5.config import Compute, T5Config
-from jaxprompt.t5.layers import ParamSpec, dropout, mlp, param_specs, place_slots, rms_norm
+from jaxprompt.t5.layers import (
+    ParamSpec,
+    dropout,
+    fold_key,
+    mlp,
+    param_specs,
+    place_slots,
+    rms_norm,
+)
 from jaxprompt.t5.paths import Path, Sight, choose
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
@@ -79,7 +88,7 @@ def encode(
       segments_BS: segment ids, 0 = padding; attention stays inside a segment.
       prefix: trained keys and values of every layer.
       prompt_index_BG: which of the Q a segment uses; None = one segment a row, and the first.
-      dropout_key: None = no dropout.
+      dropout_key: None = no dropout; one, or [B], of each row.
     """
     stack = params["encoder"]
     index_BG = _first_prompt(segments_BS) if prompt_index_BG is None else prompt_index_BG
@@ -113,7 +122,7 @@ def encode(
         dropout_key,
     )
     x_BSD = rms_norm(stack["encoder_norm"]["scale"], x_BSD, config.layer_norm_epsilon)
-    return dropout(x_BSD, dropout_rate, _fold(dropout_key, 1))
+    return dropout(x_BSD, dropout_rate, fold_key(dropout_key, 1))
 
 
 def decode(
@@ -172,7 +181,7 @@ def decode(
         dropout_key,
     )
     x_BTD = rms_norm(stack["decoder_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
-    return dropout(x_BTD, dropout_rate, _fold(dropout_key, 1))
+    return dropout(x_BTD, dropout_rate, fold_key(dropout_key, 1))
 
 
 def self_projections(p: ArrayTree, config: T5Config, x_BTD: Array) -> tuple[Array, Array, Array]:
@@ -260,11 +269,11 @@ def encode_batch(
         embeds_BSD = place_slots(
             embeds_BSD, batch.encoder_slots_BS, batch.encoder_segments_BS, values.encoder, index_BG
         )
-    embeds_BSD = dropout(embeds_BSD, dropout_rate, _fold(dropout_key, 0))
+    embeds_BSD = dropout(embeds_BSD, dropout_rate, fold_key(dropout_key, 0))
     return encode(
         params, config, compute, embeds_BSD, batch.encoder_segments_BS,
         prefix=values.encoder_self, prompt_index_BG=index_BG,
-        dropout_rate=dropout_rate, dropout_key=_fold(dropout_key, 1),
+        dropout_rate=dropout_rate, dropout_key=fold_key(dropout_key, 1),
     )  # fmt: skip
 
 
@@ -286,13 +295,13 @@ def decode_batch(
         embeds_BTD = place_slots(
             embeds_BTD, batch.decoder_slots_BT, batch.decoder_segments_BT, values.decoder, index_BG
         )
-    embeds_BTD = dropout(embeds_BTD, dropout_rate, _fold(dropout_key, 2))
+    embeds_BTD = dropout(embeds_BTD, dropout_rate, fold_key(dropout_key, 2))
     return decode(
         params, config, compute, embeds_BTD, batch.decoder_segments_BT,
         encoded_BSD, batch.encoder_segments_BS,
         self_prefix=values.decoder_self, cross_prefix=values.decoder_cross,
         prompt_index_BG=index_BG,
-        dropout_rate=dropout_rate, dropout_key=_fold(dropout_key, 3),
+        dropout_rate=dropout_rate, dropout_key=fold_key(dropout_key, 3),
     )  # fmt: skip
 
 
@@ -305,7 +314,8 @@ def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout
     """Scans `layer` over stacked parameters, prefixes and dropout keys."""
     keys = None
     if dropout_rate and dropout_key is not None:
-        keys = jax.random.split(jax.random.fold_in(dropout_key, 0), count)
+        folded = fold_key(dropout_key, 0)
+        keys = jax.vmap(functools.partial(fold_key, folded))(jnp.arange(count))
     prefixes = jax.tree.map(
         lambda leaf: (leaf.keys, leaf.values),
         prefixes,
@@ -352,11 +362,7 @@ def _layer_bias(path: Path, p: ArrayTree, shared: Array | None) -> Array | None:
 
 
 def _layer_keys(key: Array | None, count: int) -> tuple:
-    return (None,) * count if key is None else tuple(jax.random.split(key, count))
-
-
-def _fold(key: Array | None, number: int) -> Array | None:
-    return None if key is None else jax.random.fold_in(key, number)
+    return tuple(fold_key(key, number) for number in range(count))
 
 
 def _first_prompt(segments_BS: Array) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprompt.t5.attention import attend, relative_bias, segment_mask
+from jaxprompt.t5.layers import fold_key
 from jaxprompt.typing import Array
 
 NOBODY = -1  # the segment of a key that none may see
@@ -182,7 +183,7 @@ class Chunked:
                     jax.lax.dynamic_slice_in_dim(prepared, self._shift - first, own_keys, axis=2)
                 )
             mask_BCS = self.sight.mask(first, segments_BC)
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, first)
+            key = fold_key(dropout_key, first)
             return attend(query_BCHK, key_BSHK, value_BSHK, bias_HCS, mask_BCS, dropout_rate, key)
 
         first_C = jnp.arange(self.count) * self.size

@@ -1,0 +1,341 @@
+"""Trains a prompt over a frozen backbone, several side by side, or with `tune: model` the backbone.
+
+What `train` and `sweep` share. Reads top to bottom: backbone, tasks, prompts, step, evaluation,
+run, results.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxprompt.backbone import Backbone, load_backbone
+from jaxprompt.checkpoint import Checkpoints
+from jaxprompt.compiled import CompiledStep
+from jaxprompt.config import RunConfig, dump
+from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
+from jaxprompt.data.side_by_side import Part, SideBySide
+from jaxprompt.evaluate import Evaluator
+from jaxprompt.files import held, make_directory, write_file
+from jaxprompt.logging import METRICS_FILE, RunLogger
+from jaxprompt.loop import Loop, restore
+from jaxprompt.members import Member, Progress
+from jaxprompt.model import PromptedT5
+from jaxprompt.optim import learning_rate_at, make_optimizer
+from jaxprompt.plots import write_run_plot
+from jaxprompt.prompts import METHODS
+from jaxprompt.prompts.bank import PromptBank, members
+from jaxprompt.schema import to_mapping
+from jaxprompt.sharding import make_mesh, replicate, shard_batch
+from jaxprompt.steps import init_state
+from jaxprompt.trainee import Trainee, encoder_of, initial_values, keep, make_trainee, run_identity
+from jaxprompt.trees import count, size_in_bytes, split
+from jaxprompt.typing import ArrayTree
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+      output_dir: the run's directory.
+      prompt: directory of the best evaluation's artifact (a backbone with `tune: model`).
+      metrics: of the best evaluation on the validation split.
+      bare: the same of the backbone without a prompt.
+      majority: the same of always answering with the most frequent target.
+      best_step: when the best evaluation was.
+      steps: steps taken so far.
+      examples_per_second: of training, evaluation left out.
+      prompt_bytes, backbone_bytes: the artifact's files; the backbone's parameters.
+      finished: False if a SIGTERM stopped it; the same command goes on.
+      diverged: the step at which its numbers were not finite, one of several; 0 = none.
+    """
+
+    output_dir: Path
+    prompt: Path
+    metrics: Mapping[str, float]
+    bare: Mapping[str, float]
+    majority: Mapping[str, float]
+    best_step: int
+    steps: int
+    examples_per_second: float
+    prompt_bytes: int
+    backbone_bytes: int
+    finished: bool
+    diverged: int = 0
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Trains a prompt, resuming what `output_dir` holds.
+
+    Writes `config.yaml`, `metrics.jsonl`, `checkpoints/`, `best/` and `prompt/` (artifacts of the
+    best and the last evaluation; ordinary backbone directories with `tune: model`) and `plots/`.
+
+    Raises: UserError for a configuration, data or backbone that cannot work, a loss that is not
+      finite, or a directory that holds another run.
+    """
+    return train_together([config], [""], config.output_dir)[0]
+
+
+def train_together(
+    configs: Sequence[RunConfig], names: Sequence[str], output_dir: str
+) -> list[TrainResult]:
+    """Trains several prompts over one backbone at once, resuming what `output_dir` holds.
+
+    Each has its own data order, optimizer, early stopping and results, in its own `output_dir`;
+    the first one's config says what they share: backbone, mesh, when to evaluate, save and log.
+    One that diverges is taken out. `output_dir` gets `checkpoints/` and, of several, the means of
+    what they log.
+
+    Args:
+      names: of each, for people.
+    Raises: UserError as `train`, for prompts of different methods, or for more than fit in memory.
+    """
+    shared, directory = configs[0], Path(output_dir)
+    mesh = make_mesh(shared.mesh.data, shared.mesh.model)
+    is_first = jax.process_index() == 0
+
+    # ---- backbone, tasks, data ---------------------------------------------------------------
+    backbone = load_backbone(
+        shared.backbone.name,
+        revision=shared.backbone.revision,
+        mesh=mesh,
+        compute=shared.backbone.compute(),
+        param_dtype="float32" if shared.tune == "model" else None,
+    )
+    trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
+
+    # ---- what is trained, by what step -------------------------------------------------------
+    graphdef, trained, frozen = _taken_apart(trainees, backbone, mesh)
+    optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
+    seeds = [one.config.seed for one in trainees]
+    state = replicate(mesh, init_state(trained, optimizers, seeds))
+    batches = SideBySide(
+        [_batches(one, mesh.shape["data"]) for one in trainees],
+        [one.options for one in trainees],
+        backbone.tokenizer.pad_id,
+    )
+
+    # ---- evaluation and what is kept ---------------------------------------------------------
+    longest = max((stream.input_buckets for stream in batches.streams), key=max)
+    encoders = [one.encoder for one in trainees]
+    evaluator = Evaluator(graphdef, encoders, mesh=mesh, input_buckets=longest)
+    cuts: list[dict[str, Mapping[str, int]]] = [{} for _ in trainees]
+
+    def keep_one(n: int, name: str, number: int, trained: ArrayTree, metrics: Mapping) -> None:
+        if is_first:
+            tree = members(trained, len(trainees))[n]
+            keep(trainees[n], backbone, name, number, tree, metrics, (graphdef, frozen))
+
+    def evaluate(number: int, trained: ArrayTree, which: Sequence[int]) -> list[dict[str, float]]:
+        asked = _side_by_side({n: examples_of(trainees[n].task, trainees[n].validation)
+                               for n in which})  # fmt: skip
+        results = evaluator.run_asked(trained, frozen, asked)
+        all_metrics = []
+        for n in which:
+            metrics, cuts[n]["validation"] = results[n].metrics, results[n].cuts.report()
+            keep_one(n, "prompt", number, trained, metrics)
+            all_metrics.append({**metrics, "score": trainees[n].score(metrics)})
+        return all_metrics
+
+    def on_best(n: int, number: int, trained: ArrayTree, metrics: Mapping[str, float]) -> None:
+        keep_one(n, "best", number, trained, metrics)
+
+    # ---- run ---------------------------------------------------------------------------------
+    identities = [run_identity(one.config, backbone) for one in trainees]
+    identity = identities[0] if len(trainees) == 1 else dict(zip(names, identities, strict=True))
+    with (
+        held(directory, active=is_first),
+        closing(batches),
+        Checkpoints(directory / "checkpoints", shared.train.keep) as checkpoints,
+        contextlib.ExitStack() as loggers,
+    ):
+        lengths = [one.total_steps for one in trainees]
+        state, all_progress, resumed = restore(checkpoints, identity, state, batches, lengths)
+        logger = loggers.enter_context(RunLogger(
+            make_directory(directory), total_steps=max(lengths), resumed_step=resumed,
+            score=f"eval/{trainees[0].score_name}", config=dataclasses.asdict(shared),
+            active=is_first, **dataclasses.asdict(shared.logging),
+        ))  # fmt: skip
+        own_loggers = [logger] if len(trainees) == 1 else [
+            loggers.enter_context(RunLogger(
+                make_directory(one.directory), resumed_step=resumed, active=is_first, screen=False
+            ))
+            for one in trainees
+        ]  # fmt: skip
+        for one in trainees:
+            write_file(one.directory / "config.yaml", dump(one.config))
+        logger.note(_opening(trainees, backbone, trained, directory, resumed))
+        for line in dict.fromkeys(_packing(stream) for stream in batches.streams):
+            logger.note(line)
+        _measure_baselines(trainees, all_progress, backbone, mesh)
+        for line in dict.fromkeys(map(_baseline_line, trainees, all_progress)):
+            logger.note(line)
+        loop = Loop(
+            step=CompiledStep(graphdef, optimizers), frozen=frozen, batches=batches,
+            put=lambda parts: [Part(kind, shard_batch(mesh, batch)) for kind, batch in parts],
+            config=shared.train, checkpoints=checkpoints, identity=identity, logger=logger,
+            members=[
+                Member(
+                    one.name, one.total_steps, one.config.train.early_stopping,
+                    functools.partial(learning_rate_at, one.config.optim, one.total_steps), own,
+                )
+                for one, own in zip(trainees, own_loggers, strict=True)
+            ],
+            evaluate=evaluate, on_best=on_best, on_end=batches.drop,
+        )  # fmt: skip
+        state = loop.run(state, all_progress)
+        if fills := [stream.fill for stream in batches.streams if stream.fill]:
+            logger.note(f"training rows were filled to {100 * sum(fills) / len(fills):.1f} %")
+        for one, stream, own_cuts in zip(trainees, batches.streams, cuts, strict=True):
+            own_cuts["training"] = stream.report()
+            for line in _cut_lines(own_cuts):
+                logger.note(f"{one.name}: {line}" if one.name else line)
+        for one, progress in zip(trainees, all_progress, strict=True):
+            picture = write_run_plot(
+                one.directory / METRICS_FILE,
+                one.directory / "plots" / "run.png",
+                title=f"{one.task.config.name} on {backbone.name}",
+                baselines=_baselines(one, progress),
+            )
+            if len(trainees) == 1:
+                logger.note(picture)
+
+    # ---- results -----------------------------------------------------------------------------
+    return [
+        TrainResult(
+            output_dir=one.directory,
+            prompt=one.directory / "best",
+            metrics=progress.best_metrics,
+            bare=progress.baselines["bare"],
+            majority=progress.baselines["majority"],
+            best_step=progress.best_step,
+            steps=progress.ended or int(jax.device_get(state.step)),
+            examples_per_second=progress.examples_per_second,
+            prompt_bytes=_bytes_in(one.directory / "best"),
+            backbone_bytes=size_in_bytes(backbone.params),
+            finished=progress.finished,
+            diverged=progress.diverged,
+        )
+        for one, progress in zip(trainees, all_progress, strict=True)
+    ]
+
+
+def _taken_apart(
+    trainees: Sequence[Trainee], backbone: Backbone, mesh: jax.sharding.Mesh
+) -> tuple[Any, ArrayTree, ArrayTree]:
+    """Graph definition, trained and frozen tree of the backbone with all prompts on it."""
+    if trainees[0].config.tune == "model":
+        return split(PromptedT5(backbone.module()), ...)
+    methods = []
+    for one in trainees:
+        values = replicate(mesh, initial_values(one.config, backbone, one.task))
+        methods.append(METHODS[one.config.method.name].make(values, one.config.method))
+    method = methods[0] if len(methods) == 1 else PromptBank(methods)
+    return split(PromptedT5(backbone.module(), method))
+
+
+def _batches(one: Trainee, devices: int) -> TrainBatches:
+    return TrainBatches(
+        one.encoder,
+        one.source,
+        seed=one.config.seed,
+        row_multiple=devices * one.config.train.accumulate,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _side_by_side(examples: Mapping[int, Iterator[Any]]) -> Iterator[Asked]:
+    """Examples for several prompts, a row of each in turn."""
+    for row in itertools.zip_longest(*examples.values()):
+        for n, example in zip(examples, row, strict=True):
+            if example is not None:
+                yield Asked(example, n)
+
+
+def _measure_baselines(
+    trainees: Sequence[Trainee],
+    all_progress: Sequence[Progress],
+    backbone: Backbone,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """The bare backbone and the most frequent target, once for each task and its lengths."""
+    known: dict[str, dict[str, dict[str, float]]] = {}
+    graphdef, _, frozen = split(PromptedT5(backbone.module()))
+    for one, progress in zip(trainees, all_progress, strict=True):
+        if progress.baselines:
+            continue
+        config = one.config
+        key = json.dumps([to_mapping(config.task), config.layout, to_mapping(config.data)])
+        if key not in known:
+            encoder = encoder_of(config, one.task, backbone, bare=True)
+            (bare,) = Evaluator(graphdef, [encoder], mesh=mesh).run({}, frozen, one.validation)
+            known[key] = {"bare": bare.metrics, "majority": bare.majority}
+        progress.baselines = known[key]
+
+
+def _baselines(one: Trainee, progress: Progress) -> dict[str, float]:
+    """What its score is compared with, by name."""
+    return {
+        "bare backbone": progress.baselines["bare"][one.score_name],
+        "most frequent target": progress.baselines["majority"][one.score_name],
+    }
+
+
+def _baseline_line(one: Trainee, progress: Progress) -> str:
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in _baselines(one, progress).items())
+    task = f"{one.task.config.name}: " if one.name else ""
+    return f"{task}validation {one.score_name}: {shown}"
+
+
+def _opening(
+    trainees: Sequence[Trainee],
+    backbone: Backbone,
+    trained: ArrayTree,
+    directory: Path,
+    resumed: int | None,
+) -> str:
+    tuning_model = trainees[0].config.tune == "model"
+    frozen = "no frozen ones" if tuning_model else f"{count(backbone.params):,} frozen ones"
+    start = "starting" if resumed is None else f"resuming at step {resumed:,}"
+    prompts = f"{len(trainees)} prompts at once, " if len(trainees) > 1 else ""
+    tasks = dict.fromkeys(
+        f"task {one.task.config.name}, {len(one.source):,} examples" for one in trainees
+    )
+    return (
+        f"{start}: {prompts}{count(trained):,} trained parameters, {frozen} ({backbone.name}); "
+        f"{'; '.join(tasks)}, {max(one.total_steps for one in trainees):,} steps, output in "
+        f"{directory}"
+    )
+
+
+def _packing(stream: TrainBatches) -> str:
+    shapes = stream.shapes
+    if shapes.max_segments == 1:
+        return f"not packed: {shapes.batch_size} rows"
+    return (
+        f"packed: {shapes.batch_size} rows of {shapes.input_buckets[-1]} positions, up to "
+        f"{shapes.max_segments} examples in each"
+    )
+
+
+def _cut_lines(cuts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"{counts[f'cut_{side}s']:,} of {counts['examples']:,} {split} {side}s were cut to "
+        f"data.max_{side}_length, {counts[f'cut_{side}_tokens']:,} tokens in all"
+        for split, counts in cuts.items()
+        for side in ("input", "target")
+        if counts[f"cut_{side}s"]
+    ]
+
+
+def _bytes_in(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*")) if directory.is_dir() else 0
