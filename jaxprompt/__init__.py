@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from jaxprompt.api import generate, load_prompt, logits, score, stream
     from jaxprompt.backbone import load_backbone
     from jaxprompt.config import load_config
+    from jaxprompt.sweep import sweep
+    from jaxprompt.sweep_config import load_sweep
     from jaxprompt.train import train
 
 __version__ = "0.1.0"
@@ -21,9 +23,11 @@ _ROOMS = {
     "load_backbone": "jaxprompt.backbone",
     "load_config": "jaxprompt.config",
     "load_prompt": "jaxprompt.api",
+    "load_sweep": "jaxprompt.sweep_config",
     "logits": "jaxprompt.api",
     "score": "jaxprompt.api",
     "stream": "jaxprompt.api",
+    "sweep": "jaxprompt.sweep",
     "train": "jaxprompt.train",
 }
 
@@ -33,9 +37,11 @@ __all__ = [
     "load_backbone",
     "load_config",
     "load_prompt",
+    "load_sweep",
     "logits",
     "score",
     "stream",
+    "sweep",
     "train",
 ]
 

@@ -293,7 +293,7 @@ _COMMANDS = {
     "train": _Command(
         "train",
         _run_arguments,
-        "train a prompt; resumes by itself if output_dir holds the run",
+        "train a prompt, or a sweep of them at once; resumes by itself if output_dir holds the run",
         "jaxprompt train quickstart train.steps=200 output_dir=runs/mine",
     ),
     "pretrain": _Command(

@@ -27,7 +27,7 @@ class CompiledStep:
             functools.partial(train_step, graphdef, optimizers), static_argnums=0, donate_argnums=1
         )
         self._gradients = jax.jit(functools.partial(gradients, graphdef), static_argnums=0)
-        self._update = jax.jit(functools.partial(update, optimizers), donate_argnums=(0, 1, 2))
+        self._update = jax.jit(functools.partial(update, optimizers), donate_argnums=0)
         self._add = jax.jit(functools.partial(jax.tree.map, jax.numpy.add), donate_argnums=0)
         self._programs: dict[Any, Callable[..., Any]] = {}
 

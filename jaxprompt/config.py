@@ -92,13 +92,20 @@ class TrainConfig(LoopConfig):
     Attributes:
       metric: which of the task's metrics is the score that `best/` and early stopping go by; empty
         = its first.
+      at_once: prompts of a sweep that are trained together, the next ones after them; 0 = all.
       loss_by: what the loss is averaged over.
       z_loss: weight of the squared log-partition; null = the recipe's.
     """
 
     metric: str = ""
+    at_once: int = 0
     loss_by: Literal["tokens", "examples"] = "tokens"
     z_loss: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.at_once < 0:
+            raise UserError(f"train.at_once is {self.at_once}, it cannot be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +185,43 @@ def load_config(
     Raises: UserError for a file that cannot be found or read, an unknown key (the nearest valid one
       is suggested), a missing key or a wrong type; with file and line, or the override.
     """
+    mapping, where = read_config(path_or_name, overrides)
+    if kind is RunConfig and "sweep" in mapping:
+        raise UserError(
+            f"{where.at(('sweep',))}: this config has a sweep, so it is several runs; "
+            "`jaxprompt train` runs them, jaxprompt.load_sweep reads them"
+        )
+    return resolved(mapping, where, overrides, kind)
+
+
+def read_config(
+    path_or_name: str | Path, overrides: Sequence[str]
+) -> tuple[dict[str, Any], schema.Where]:
+    """The file's mapping, with the overrides of its sweep."""
     mapping, where = schema.read_yaml(_find(path_or_name))
+    own = [override for override in overrides if override.startswith(("sweep.", "sweep="))]
+    return schema.apply_overrides(mapping, where, own)
+
+
+def resolved(
+    mapping: Mapping[str, Any],
+    where: schema.Where,
+    overrides: Sequence[str],
+    kind: type[C],
+    settings: Sequence[tuple[str, Any, str]] = (),
+) -> C:
+    """A run's options, of a mapping with overrides and then a sweep's settings on top."""
+    overrides = [one for one in overrides if not one.startswith(("sweep.", "sweep="))]
     # A task named on the command line comes first: `task=NAME task.sub=value` works in any order.
     whole = [override for override in overrides if override.startswith(("task=", "task.preset="))]
     parts = [override for override in overrides if override not in whole]
+    tasks = [setting for setting in settings if setting[0] in ("task", "task.preset")]
     mapping, where = schema.apply_overrides(mapping, where, whole)
+    mapping, where = schema.set_values(mapping, where, tasks)
     mapping, where = _with_preset(mapping, where)
     mapping, where = schema.apply_overrides(mapping, where, parts)
+    others = [setting for setting in settings if setting not in tasks]
+    mapping, where = schema.set_values(mapping, where, others)
     if kind is RunConfig:
         mapping = _with_recipe(mapping)
     return schema.from_mapping(kind, mapping, where)

@@ -144,8 +144,8 @@ class Loop:
         """Steps to the end from what `restore` returned; keeps `all_progress` up to date.
 
         Returns: the final state; some `Progress.finished` is False after a SIGTERM.
-        Raises: UserError if the loss of the only member, or of all, stops being finite, if a
-          checkpoint cannot be saved, or if a member that ended before others is to go on.
+        Raises: UserError if the loss of a run of one stops being finite, if a checkpoint cannot be
+          saved, or if a member that ended before others is to go on.
         """
         start = int(jax.device_get(state.step))
         for member, progress in zip(self.members, all_progress, strict=True):
@@ -291,7 +291,7 @@ class _Run:
                         self.loop.on_best(n, number, state.trained, metrics)
                 else:
                     progress.waited += 1
-            if len(self.progress) > 1 and results:
+            if self.loop.members[0].logger is not self.loop.logger and results:
                 named = [
                     {f"eval/{name}": value for name, value in metrics.items()}
                     for metrics in results

@@ -44,7 +44,7 @@ class Member:
     """One of the prompts that a run trains side by side, or all that it trains.
 
     Attributes:
-      name: for people; empty if there is one only.
+      name: for people; empty if the member is the whole run.
       total_steps: when it ends.
       early_stopping: as `LoopConfig`.
       learning_rate: finished steps -> the rate of the next one, to be logged.

@@ -1,6 +1,6 @@
-"""The picture of a run: its loss and, below it, its scores, from metrics.jsonl.
+"""Pictures: a run's loss and, below it, its scores, from metrics.jsonl; the scores of a sweep.
 
-Called by train and pretrain at the end of a run. matplotlib comes with the extra `plots`; it is
+Called by training, pretrain and sweep at the end. matplotlib comes with the extra `plots`; it is
 used through figure objects, without pyplot and its global state.
 """
 
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ _BLUE, _VERMILION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 _PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#666666"
 _SCORE_COLOURS = (_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE, _SKY)
 _MARKERS = "osD^vP"
+_NO_MATPLOTLIB = "no picture: it needs matplotlib (pip install 'jaxprompt[plots]')"
 _DASHES = ((0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
 
@@ -40,11 +41,9 @@ def write_run_plot(
       baselines: name -> percent, dashed lines among the scores (majority, bare backbone).
     Returns: one sentence for the user: where the picture is, or why there is none.
     """
-    try:
-        agg = importlib.import_module("matplotlib.backends.backend_agg")
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError:
-        return "no picture: it needs matplotlib (pip install 'jaxprompt[plots]')"
+    drawing = _drawing()
+    if drawing is None:
+        return _NO_MATPLOTLIB
     curves = _curves(Path(metrics_jsonl))
     losses = {name: curves[name] for name in ("loss", f"{EVAL}loss") if name in curves}
     scores = {n: c for n, c in curves.items() if n.startswith(EVAL) and n not in losses}
@@ -53,7 +52,7 @@ def write_run_plot(
     ]
     if not panels:
         return f"no picture: {metrics_jsonl} holds neither a loss nor a score"
-    figure = figures.Figure(figsize=(8, 1 + 3 * len(panels)), dpi=150, layout="constrained")
+    figure = drawing.figures.Figure(figsize=(8, 1 + 3 * len(panels)), dpi=150, layout="constrained")
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (draw, data) in zip(all_axes, panels, strict=True):
         draw(axes, data)
@@ -67,11 +66,55 @@ def write_run_plot(
     all_axes[-1].set_xlabel("step")
     all_axes[-1].locator_params(axis="x", integer=True)
     figure.suptitle(title, fontweight="bold")
-    try:
-        _save(agg.FigureCanvasAgg(figure), Path(png))
-    except OSError as error:
-        return f"no picture: cannot write {png}: {error.strerror}"
-    return f"picture: {png}"
+    return _saved(drawing, figure, png)
+
+
+class SweepRow(NamedTuple):
+    """One setting of a sweep: its name, the scores of its runs and what they are compared with."""
+
+    name: str
+    scores: Sequence[float]
+    bare: float
+    majority: float
+
+
+def write_sweep_plot(png: Path | str, rows: Sequence[SweepRow], *, title: str = "") -> str:
+    """Draws the scores of every setting, one below the other: a dot a run, a bar at their mean.
+
+    Args:
+      png: replaced as a whole; its directory is made where missing.
+      rows: scores in percent, from the top.
+    Returns: as `write_run_plot`.
+    """
+    drawing = _drawing()
+    if drawing is None:
+        return _NO_MATPLOTLIB
+    figure = drawing.figures.Figure(
+        figsize=(8, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained"
+    )
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        first = place == 0
+        marks = {"linestyle": "none", "markersize": 6, "zorder": 2}
+        axes.plot([row.bare], [place], marker="|", color=_GREY, markeredgewidth=2,
+                  label="bare backbone" if first else None, **marks)  # fmt: skip
+        axes.plot([row.majority], [place], marker="x", color=_GREY,
+                  label="most frequent target" if first else None, **marks)  # fmt: skip
+        axes.plot(row.scores, [place] * len(row.scores), marker="o", color=_BLUE, alpha=0.6,
+                  label="a run" if first else None, **marks)  # fmt: skip
+        if row.scores:
+            mean = sum(row.scores) / len(row.scores)
+            axes.plot([mean], [place], marker="D", color=_VERMILION,
+                      label="mean" if first else None, **{**marks, "zorder": 3})  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("best validation score, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title, fontweight="bold")
+    return _saved(drawing, figure, png)
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:
@@ -143,6 +186,32 @@ def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:
         dashes = _DASHES[place % len(_DASHES)]
         label = f"{name} {percent:.1f}"
         axes.axhline(percent, color=_GREY, linestyle=dashes, linewidth=1.3, label=label)
+
+
+class _Drawing(NamedTuple):
+    """The parts of matplotlib that draw without a screen."""
+
+    agg: Any
+    figures: Any
+
+
+def _drawing() -> _Drawing | None:
+    try:
+        return _Drawing(
+            importlib.import_module("matplotlib.backends.backend_agg"),
+            importlib.import_module("matplotlib.figure"),
+        )
+    except ImportError:
+        return None
+
+
+def _saved(drawing: _Drawing, figure: Any, png: Path | str) -> str:
+    """Writes the picture; the sentence for the user."""
+    try:
+        _save(drawing.agg.FigureCanvasAgg(figure), Path(png))
+    except OSError as error:
+        return f"no picture: cannot write {png}: {error.strerror}"
+    return f"picture: {png}"
 
 
 def _save(canvas: Any, png: Path) -> None:

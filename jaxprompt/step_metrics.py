@@ -61,7 +61,7 @@ class StepMetrics:
     def drain(self) -> None:
         """Works on the metrics that wait.
 
-        Raises: UserError if numbers of the only member, or by now of all, were not finite.
+        Raises: UserError if the numbers of a run of one were not finite.
         """
         previous, self._waiting = self._waiting, None
         if previous is not None:
@@ -93,17 +93,16 @@ class StepMetrics:
             if steady:
                 progress.train_examples += float(self._examples[n])
                 progress.train_seconds += seconds
-        if len(self._members) > 1 and together:
+        if self._members[0].logger is not self._logger and together:
             log_together(self._logger, number, together)
 
     def _diverged(self, n: int, name: str, number: int, newest: int) -> None:
-        """Takes a member out of the run, or ends the run if no other is well."""
+        """Takes a member out of the run; one without a name is the run, and ends it."""
         what = f"{name} is not finite at step {number} (found by step {newest})"
         member, progress = self._members[n], self._progress[n]
-        others = (other for m, other in enumerate(self._progress) if m != n)
-        if any(not other.diverged for other in others):
+        if member.name:
             progress.diverged, progress.ended, progress.finished = number, number, True
-            self._logger.note(f"{member.name}: {what}; the others go on without it")
+            self._logger.note(f"{member.name}: {what}; it is taken out")
             return
         with contextlib.suppress(UserError):
             self._checkpoints.wait()
@@ -113,10 +112,7 @@ class StepMetrics:
             if steps
             else "no checkpoint was saved yet"
         )
-        raise UserError(
-            f"{member.name + ': ' if member.name else ''}{what}; {kept}: lower "
-            "optim.learning_rate or use another seed"
-        )
+        raise UserError(f"{what}; {kept}: lower optim.learning_rate or use another seed")
 
     def _is_steady(self) -> bool:
         """Whether nothing was compiled since the last window."""

@@ -1,6 +1,6 @@
-"""`jaxprompt train`: trains a prompt over a frozen backbone, or with `tune: model` the backbone.
+"""`jaxprompt train`: trains a prompt over a frozen backbone, a sweep of them, or the backbone.
 
-Reads top to bottom: backbone, task, prompt, step, evaluation, run, summary.
+What it says at the end of a single run is here; `training` trains, `sweep` runs many.
 """
 
 import argparse
@@ -8,17 +8,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from jaxprompt.config import RunConfig, load_config
+from jaxprompt.config import RunConfig
 from jaxprompt.data.sources import has_split
 from jaxprompt.logging import table
+from jaxprompt.sweep import summary, sweep
+from jaxprompt.sweep_config import load_sweep
 from jaxprompt.training import TrainResult, train
 
 
 def main(args: argparse.Namespace) -> None:
     """The command: `jaxprompt train CONFIG [key=value ...]`."""
-    config = load_config(args.config, args.overrides)
-    result = train(config)
-    print(_summary(config, result, [args.config, *args.overrides]), file=sys.stderr)
+    words = [args.config, *args.overrides]
+    plan = load_sweep(args.config, args.overrides)
+    if plan.axes:
+        print(summary(plan, sweep(plan), words), file=sys.stderr)
+    else:
+        config = plan.runs[0].config
+        print(_summary(config, train(config), words), file=sys.stderr)
 
 
 def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> str:

@@ -52,13 +52,14 @@ class Trainee:
         return Path(self.config.output_dir)
 
     @property
-    def score_name(self) -> str:
-        return self.config.train.metric or self.task.metrics[0]
+    def score_names(self) -> Sequence[str]:
+        """The metrics whose mean its best evaluation is chosen by: the one named, or the task's."""
+        return [self.config.train.metric] if self.config.train.metric else self.task.metrics
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """What its best evaluation is chosen by: the metric named, or the mean of the task's."""
-        names = [self.config.train.metric] if self.config.train.metric else self.task.metrics
-        return sum(metrics[name] for name in names) / len(names)
+
+def mean_of(metrics: Mapping[str, float], names: Sequence[str]) -> float:
+    """Mean of some metrics, for a score."""
+    return sum(metrics[name] for name in names) / len(names)
 
 
 def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:

@@ -35,7 +35,15 @@ from jaxprompt.prompts.bank import PromptBank, members
 from jaxprompt.schema import to_mapping
 from jaxprompt.sharding import make_mesh, replicate, shard_batch
 from jaxprompt.steps import init_state
-from jaxprompt.trainee import Trainee, encoder_of, initial_values, keep, make_trainee, run_identity
+from jaxprompt.trainee import (
+    Trainee,
+    encoder_of,
+    initial_values,
+    keep,
+    make_trainee,
+    mean_of,
+    run_identity,
+)
 from jaxprompt.trees import count, size_in_bytes, split
 from jaxprompt.typing import ArrayTree
 
@@ -47,7 +55,8 @@ class TrainResult:
     Attributes:
       output_dir: the run's directory.
       prompt: directory of the best evaluation's artifact (a backbone with `tune: model`).
-      metrics: of the best evaluation on the validation split.
+      metrics: of the best evaluation on the validation split; empty if there was none.
+      score_names: which of them the best evaluation is chosen by, their mean.
       bare: the same of the backbone without a prompt.
       majority: the same of always answering with the most frequent target.
       best_step: when the best evaluation was.
@@ -61,6 +70,7 @@ class TrainResult:
     output_dir: Path
     prompt: Path
     metrics: Mapping[str, float]
+    score_names: Sequence[str]
     bare: Mapping[str, float]
     majority: Mapping[str, float]
     best_step: int
@@ -70,6 +80,15 @@ class TrainResult:
     backbone_bytes: int
     finished: bool
     diverged: int = 0
+
+    @property
+    def score(self) -> float:
+        """What the best evaluation is chosen by."""
+        return mean_of(self.metrics, self.score_names)
+
+    def baseline(self, name: str) -> float:
+        """The same of "bare" or "majority"."""
+        return mean_of({"bare": self.bare, "majority": self.majority}[name], self.score_names)
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -95,7 +114,7 @@ def train_together(
     what they log.
 
     Args:
-      names: of each, for people.
+      names: of each, for people and directories; one empty name for a run of its own.
     Raises: UserError as `train`, for prompts of different methods, or for more than fit in memory.
     """
     shared, directory = configs[0], Path(output_dir)
@@ -142,7 +161,7 @@ def train_together(
         for n in which:
             metrics, cuts[n]["validation"] = results[n].metrics, results[n].cuts.report()
             keep_one(n, "prompt", number, trained, metrics)
-            all_metrics.append({**metrics, "score": trainees[n].score(metrics)})
+            all_metrics.append({**metrics, "score": mean_of(metrics, trainees[n].score_names)})
         return all_metrics
 
     def on_best(n: int, number: int, trained: ArrayTree, metrics: Mapping[str, float]) -> None:
@@ -161,10 +180,10 @@ def train_together(
         state, all_progress, resumed = restore(checkpoints, identity, state, batches, lengths)
         logger = loggers.enter_context(RunLogger(
             make_directory(directory), total_steps=max(lengths), resumed_step=resumed,
-            score=f"eval/{trainees[0].score_name}", config=dataclasses.asdict(shared),
+            score=f"eval/{trainees[0].score_names[0]}", config=dataclasses.asdict(shared),
             active=is_first, **dataclasses.asdict(shared.logging),
         ))  # fmt: skip
-        own_loggers = [logger] if len(trainees) == 1 else [
+        own_loggers = [logger] if not names[0] else [
             loggers.enter_context(RunLogger(
                 make_directory(one.directory), resumed_step=resumed, active=is_first, screen=False
             ))
@@ -205,7 +224,7 @@ def train_together(
                 title=f"{one.task.config.name} on {backbone.name}",
                 baselines=_baselines(one, progress),
             )
-            if len(trainees) == 1:
+            if not one.name:
                 logger.note(picture)
 
     # ---- results -----------------------------------------------------------------------------
@@ -214,6 +233,7 @@ def train_together(
             output_dir=one.directory,
             prompt=one.directory / "best",
             metrics=progress.best_metrics,
+            score_names=one.score_names,
             bare=progress.baselines["bare"],
             majority=progress.baselines["majority"],
             best_step=progress.best_step,
@@ -285,15 +305,15 @@ def _measure_baselines(
 def _baselines(one: Trainee, progress: Progress) -> dict[str, float]:
     """What its score is compared with, by name."""
     return {
-        "bare backbone": progress.baselines["bare"][one.score_name],
-        "most frequent target": progress.baselines["majority"][one.score_name],
+        "bare backbone": progress.baselines["bare"][one.score_names[0]],
+        "most frequent target": progress.baselines["majority"][one.score_names[0]],
     }
 
 
 def _baseline_line(one: Trainee, progress: Progress) -> str:
     shown = ", ".join(f"{name} {value:.1f}" for name, value in _baselines(one, progress).items())
     task = f"{one.task.config.name}: " if one.name else ""
-    return f"{task}validation {one.score_name}: {shown}"
+    return f"{task}validation {one.score_names[0]}: {shown}"
 
 
 def _opening(

@@ -15,6 +15,7 @@ from jaxprompt.config import (
 )
 from jaxprompt.data.tasks import load_task
 from jaxprompt.optim import RECIPES
+from jaxprompt.sweep_config import load_sweep
 from jaxprompt.typing import UserError
 
 MINIMAL = "output_dir: runs/x\ntask: sst2\n"
@@ -38,11 +39,23 @@ def kind_of(name: str) -> type:
     return PretrainConfig if name.startswith("pretrain/") else RunConfig
 
 
-@pytest.mark.parametrize("name", [name for name in config_names() if "tasks/" not in name])
+SWEEPS = {"sweep": 6, "paper": 18}
+SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SWEEPS]
+
+
+@pytest.mark.parametrize("name", SINGLE)
 def test_what_ships_reads_and_its_dump_repeats_it(tmp_path, name):
     config = load_config(name, (), kind_of(name))
     again = load_config(write(tmp_path, dump(config)), (), kind_of(name))
     assert again == config
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_that_ships_reads_and_each_run_s_dump_repeats_it(tmp_path, name):
+    plan = load_sweep(name)
+    assert len(plan.runs) == SWEEPS[name]
+    for run in plan.runs:
+        assert load_config(write(tmp_path, dump(run.config))) == run.config
 
 
 def test_there_are_configs_to_read():

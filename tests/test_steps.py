@@ -173,7 +173,7 @@ def test_the_update_is_the_gradient_of_the_loss():
         state = steps.init_state(trained, [SGD], [0])
         return float(compiled(StepOptions())(state, FROZEN, make_batch())[1]["loss"][0])
 
-    width = 0.01 / float(metrics["grad_norm"])
+    width = 0.01 / metrics["grad_norm"].item()
     slope = (loss(width) - loss(-width)) / (2 * width)
     np.testing.assert_allclose(slope, np.sum(grad**2), rtol=1e-2)
 

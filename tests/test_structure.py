@@ -29,6 +29,7 @@ HOUSE = [
         "loop",
         "members",
         "step_metrics",
+        "sweep_config",
         "trainee",
     ],
     [
@@ -57,6 +58,7 @@ NEIGHBOURS = {
     ("loop", "step_metrics"),
     ("step_metrics", "members"),
     ("sweep", "training"),
+    ("sweep_config", "config"),
     ("trainee", "config"),
     ("training", "evaluate"),
     ("train", "sweep"),

@@ -9,6 +9,7 @@ from jaxprompt.schema.text import (
     configs_directory,
     plain,
     read_yaml,
+    set_values,
     write_yaml,
 )
 from jaxprompt.schema.typed import dump, from_mapping, to_mapping
@@ -21,6 +22,7 @@ __all__ = [
     "from_mapping",
     "plain",
     "read_yaml",
+    "set_values",
     "to_mapping",
     "write_yaml",
 ]

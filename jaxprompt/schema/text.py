@@ -112,7 +112,7 @@ def apply_overrides(
     Returns: a new mapping and its `Where`; the ones given stay as they are.
     Raises: UserError for a string that is not key=value, or a path through a value without keys.
     """
-    result, places = _copy(mapping), dict(where.places)
+    settings = []
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name.strip():
@@ -122,7 +122,20 @@ def apply_overrides(
             value = _parse(text, place, {})
         except UserError:
             value = text
-        path = _set(result, name.strip().split("."), Given(value, text), place)
+        settings.append((name.strip(), Given(value, text), place))
+    return set_values(mapping, where, settings)
+
+
+def set_values(
+    mapping: Mapping[str, Any], where: Where, settings: Sequence[tuple[str, Any, str]]
+) -> tuple[dict[str, Any], Where]:
+    """Sets values on top of a mapping: (key.sub, value, where that was written).
+
+    Returns and raises: as `apply_overrides`.
+    """
+    result, places = _copy(mapping), dict(where.places)
+    for name, value, place in settings:
+        path = _set(result, name.split("."), value, place)
         for known in [key for key in places if key[: len(path)] == path]:
             del places[known]
         for depth in range(1, len(path) + 1):
