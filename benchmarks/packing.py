@@ -121,14 +121,16 @@ def main() -> None:
     print(f"T5 1.1 {args.size}, float32, {options}\n")
     rows = []
     for place in args.data:
-        name, _, directory = place.partition("=")
-        rows += _rows(name, _task(name, directory), tokenizer, config, options, args)
+        name = place.partition("=")[0]
+        rows += _rows(name, task_of(place), tokenizer, config, options, args)
     head = ["task", "rows", "positions / example", "in use", "GFLOP / example", "examples/s",
             "against longest"]  # fmt: skip
     print(table(head, rows))
 
 
-def _task(name: str, directory: str) -> Task:
+def task_of(place: str) -> Task:
+    """The task of `TASK=DIR`, its files in that directory."""
+    name, _, directory = place.partition("=")
     task = load_task(name)
     source = dataclasses.replace(task.config.source, data_dir=str(Path(directory)))
     return Task(dataclasses.replace(task.config, source=source))

@@ -1,6 +1,11 @@
 """The same training step here and in PEFT, same weights, same rows, alternating in one run.
 
     python -m benchmarks.vs_peft --sizes small base --pairs 7
+    python -m benchmarks.vs_peft --sizes small --prompts 8
+    python -m benchmarks.vs_peft --sizes small --vocabulary DIR --data boolq=DIR rte=DIR
+
+The first times a step on equal full rows, the second one step of N prompts here against N steps
+there, the third examples of real lengths: packed here, padded to the longest of the batch there.
 
 Needs torch and peft, which the project does not. On CPU both run float32 with all cores; where
 torch sees a GPU both run there in bfloat16, PEFT eager and compiled.
@@ -8,11 +13,14 @@ torch sees a GPU both run there in bfloat16, PEFT eager and compiled.
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share one GPU
@@ -27,7 +35,14 @@ from transformers import T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import Shapes, machine, make_step, random_batch, size_config, spread, table
+from benchmarks.packing import Options, batches_of, task_of
+from jaxprompt import steps, trees
+from jaxprompt.data.tokenizer import load_tokenizer
+from jaxprompt.model import PromptedT5
+from jaxprompt.prompts.bank import PromptBank
+from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.model import T5
 from jaxprompt.t5.weights import load_params
 from jaxprompt.typing import Batch
 
@@ -49,13 +64,13 @@ def random_torch(config: T5Config) -> T5ForConditionalGeneration:
 
 
 def peft_stepper(
-    torch_model: T5ForConditionalGeneration, config: T5Config, shapes: Shapes, batch: Batch,
-    device: str, compiled: bool,
+    torch_model: T5ForConditionalGeneration, config: T5Config, slots: int,
+    batches: Sequence[Batch], device: str, compiled: bool,
 ) -> tuple[Stepper, np.ndarray]:  # fmt: skip
-    """PEFT prompt tuning; returns the step and its first prompt, float32 [P, D]."""
+    """PEFT prompt tuning; returns what takes a step on each batch, and its first prompt [P, D]."""
     peft_config = PromptTuningConfig(
         task_type=TaskType.SEQ_2_SEQ_LM,
-        num_virtual_tokens=shapes.slots,
+        num_virtual_tokens=slots,
         num_transformer_submodules=1,
         token_dim=config.d_model,
         num_layers=config.num_layers,
@@ -65,20 +80,16 @@ def peft_stepper(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prompt = trained[0].detach().float().cpu().numpy().copy()
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    ids = torch.tensor(batch.encoder_ids_BS[:, shapes.slots :], dtype=torch.long, device=device)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": torch.tensor(batch.targets_BT, dtype=torch.long, device=device),
-    }
+    inputs = [_peft_inputs(batch, slots, device) for batch in batches]
     model.train()
     call = torch.compile(model) if compiled else model
 
     def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        loss = call(**inputs).loss
-        loss.backward()
-        optimizer.step()
+        for own in inputs:
+            optimizer.zero_grad(set_to_none=True)
+            loss = call(**own).loss
+            loss.backward()
+            optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
         return float(loss.detach())
@@ -86,23 +97,56 @@ def peft_stepper(
     return step, prompt
 
 
+def _peft_inputs(batch: Batch, slots: int, device: str) -> dict[str, torch.Tensor]:
+    """Rows without their slots, which PEFT puts there itself."""
+
+    def there(array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(np.asarray(array), dtype=torch.long, device=device)
+
+    weights = np.asarray(batch.loss_weights_BT)
+    return {
+        "input_ids": there(batch.encoder_ids_BS[:, slots:]),
+        "attention_mask": there(batch.encoder_segments_BS[:, slots:] > 0),
+        "labels": there(np.where(weights > 0, batch.targets_BT, -100)),
+    }
+
+
 def own_stepper(
-    directory: Path, config: T5Config, compute: Compute, batch: Batch, prompt_PD: np.ndarray
-) -> Stepper:
-    """This project's step over the weights in `directory`."""
+    directory: Path, config: T5Config, compute: Compute, batches: Sequence[Batch],
+    prompt_PD: np.ndarray, prompts: int = 1,
+) -> Stepper:  # fmt: skip
+    """This project's step over the weights in `directory`; with several prompts, of all at once."""
     params = load_params(directory, config, dtype=compute.dtype)
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    made = make_step(config, compute, batch, params, prompt_PD, optimizer)
-    run = jax.jit(made.run, donate_argnums=0)
-    state, frozen, rows = jax.device_put((made.state, made.frozen, made.batch))
+    if prompts > 1:
+        method = PromptBank([SoftPrompt(prompt_PD + number) for number in range(prompts)])
+        graphdef, trained, frozen = trees.split(PromptedT5(T5(config, params, compute), method))
+        optimizers = [optimizer] * prompts
+        state = steps.init_state(trained, optimizers, [0] * prompts)
+        program = functools.partial(steps.train_step, graphdef, optimizers, steps.StepOptions())
+        run, batches = jax.jit(program, donate_argnums=0), [_side_by_side(batches[0], prompts)]
+    else:
+        made = make_step(config, compute, batches[0], params, prompt_PD, optimizer)
+        run, state, frozen = jax.jit(made.run, donate_argnums=0), made.state, made.frozen
+    state, frozen, rows = jax.device_put((state, frozen, list(batches)))
 
     def step() -> float:
         nonlocal state
-        state, metrics = run(state, frozen, rows)
+        for batch in rows:
+            state, metrics = run(state, frozen, batch)
         jax.block_until_ready(state)
-        return float(metrics["loss"])
+        return metrics["loss"][0].item()
 
     return step
+
+
+def _side_by_side(batch: Batch, prompts: int) -> Batch:
+    """The same rows for each of N prompts."""
+    copies = [
+        dataclasses.replace(batch, prompt_index_BG=np.full_like(batch.prompt_index_BG, number))
+        for number in range(prompts)
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *copies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,36 +175,88 @@ def alternate(ours: Stepper, theirs: Stepper, pairs: int) -> tuple[Timed, Timed]
     return own, peft
 
 
-def compare(size: str, shapes: Shapes, pairs: int) -> list[list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What both sides do in a turn: the same examples, laid out as each side does it.
+
+    Attributes:
+      name: for the table.
+      ours, theirs: batches; PEFT takes each of them `prompts` times.
+      slots: P.
+      prompts: trained at once here, one after another there.
+      more: examples here for each one there, where they cannot be as many; ratios are of equal
+        numbers.
+    """
+
+    name: str
+    ours: Sequence[Batch]
+    theirs: Sequence[Batch]
+    slots: int
+    prompts: int = 1
+    more: float = 1.0
+
+
+def compare(size: str, work: Work, pairs: int) -> list[list[str]]:
     """Rows of the table for one size: each PEFT variant against this project's step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     config = dataclasses.replace(size_config(size), dropout_rate=0.0)
-    batch = random_batch(config, shapes)
     rows = []
     for compiled in [False, True] if device == "cuda" else [False]:
         torch_model = random_torch(config).to(getattr(torch, dtype))
         with tempfile.TemporaryDirectory() as directory:
             torch_model.save_pretrained(directory)
-            theirs, prompt = peft_stepper(torch_model, config, shapes, batch, device, compiled)
-            ours = own_stepper(Path(directory), config, Compute(dtype), batch, prompt)
+            theirs, prompt = peft_stepper(
+                torch_model, config, work.slots, list(work.theirs) * work.prompts, device, compiled
+            )
+            ours = own_stepper(
+                Path(directory), config, Compute(dtype), work.ours, prompt, work.prompts
+            )
         first = f"{ours():.4f} / {theirs():.4f}"
         own, peft = alternate(ours, theirs, pairs)
-        name = f"{size} {dtype} {'compiled' if compiled else 'eager'}"
-        rows.append([name, str(own), str(peft), *ratios(own, peft), first])
+        name = f"{size} {dtype} {'compiled' if compiled else 'eager'}, {work.name}"
+        rows.append([name, str(own), str(peft), *ratios(own, peft, work.more), first])
     return rows
 
 
-def ratios(own: Timed, peft: Timed) -> list[str]:
+def full_rows(size: str, shapes: Shapes, prompts: int) -> Work:
+    """One batch of full rows, for one prompt or several."""
+    batch = random_batch(size_config(size), shapes)
+    name = "full rows" if prompts == 1 else f"{prompts} prompts"
+    return Work(name, [batch], [batch], shapes.slots, prompts)
+
+
+def real_rows(place: str, vocabulary: str, slots: int, batch_size: int, batches: int) -> Work:
+    """The first training examples of a task: packed here, padded to the longest there."""
+    task, tokenizer = task_of(place), load_tokenizer(vocabulary)
+    options = Options("train", batch_size, 512, slots)
+    packed = batches_of("packed", task, tokenizer, options)
+    longest = batches_of("longest", task, tokenizer, options)
+    theirs = list(itertools.islice(longest, batches))
+    wanted = sum(int((batch.example_index_BG >= 0).sum()) for batch in theirs)
+    ours: list[Batch] = []
+    while sum(int((batch.example_index_BG >= 0).sum()) for batch in ours) < wanted:
+        ours.append(next(packed))
+    count = sum(int((batch.example_index_BG >= 0).sum()) for batch in ours)
+    name = f"{place.partition('=')[0]}: {count} examples packed, {wanted} padded"
+    return Work(name, ours, theirs, slots, more=count / wanted)
+
+
+def ratios(own: Timed, peft: Timed, more: float) -> list[str]:
     """PEFT over this project: medians, the middle half of the pairs, best times, processor time."""
-    pairs = sorted(b / a for a, b in zip(own.wall, peft.wall, strict=True))
-    processor = statistics.median(peft.processor) / statistics.median(own.processor)
+    pairs = sorted(more * b / a for a, b in zip(own.wall, peft.wall, strict=True))
+    processor = more * statistics.median(peft.processor) / statistics.median(own.processor)
     return [
-        f"{statistics.median(peft.wall) / statistics.median(own.wall):.2f}",
+        f"{more * statistics.median(peft.wall) / statistics.median(own.wall):.2f}",
         f"{pairs[len(pairs) // 4]:.2f} - {pairs[-1 - len(pairs) // 4]:.2f}",
-        f"{min(peft.wall) / min(own.wall):.2f}",
+        f"{more * min(peft.wall) / min(own.wall):.2f}",
         f"{processor:.2f}",
     ]
+
+
+def peak_gib() -> float:
+    """Most memory this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 def main() -> None:
@@ -172,6 +268,10 @@ def main() -> None:
     for field in dataclasses.fields(Shapes):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--prompts", type=int, default=1, help="trained at once")
+    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=DIR")
+    parser.add_argument("--vocabulary", help="directory of a T5 tokenizer, for --data")
+    parser.add_argument("--batches", type=int, default=2, help="of each task, a turn")
     args = parser.parse_args()
     shapes = Shapes(args.rows, args.tokens, args.slots, args.targets)
     transformers_logging.disable_progress_bar()
@@ -181,7 +281,14 @@ def main() -> None:
         f"{shapes.rows} rows x ({shapes.slots} slots + {shapes.tokens} tokens), {shapes.targets} "
         f"targets; prompt tuning with AdamW, random T5 1.1, {args.pairs} pairs\n"
     )
-    rows = [row for size in args.sizes for row in compare(size, shapes, args.pairs)]
+    rows = []
+    for size in args.sizes:
+        works = [
+            real_rows(place, args.vocabulary, shapes.slots, shapes.rows, args.batches)
+            for place in args.data
+        ] or [full_rows(size, shapes, args.prompts)]
+        rows += [row for work in works for row in compare(size, work, args.pairs)]
+    print(f"peak memory of the process, both sides: {peak_gib():.2f} GiB\n")
     head = [
         "backbone", "jaxprompt", "PEFT", "PEFT / jaxprompt: medians", "middle half of pairs",
         "best", "processor time", "first loss",

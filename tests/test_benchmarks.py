@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 import optax
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from jaxprs import matmul_flops
 from tiny_backbone import make_rows, write_rows
 from tiny_tokenizer import tiny_tokenizer
 
-from benchmarks import packing
+from benchmarks import bank, packing
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
 from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
 from jaxprompt import steps, trees
@@ -95,3 +96,15 @@ def test_ways_of_padding_count_the_same_text(tmp_path):
     assert costs["fixed"].gflop == pytest.approx(
         minimal_step_flops(tiny.CONFIG, 8, 63, 2) / 8e9, rel=0.3
     )
+
+
+def test_a_bank_s_step_is_the_steps_of_its_prompts():
+    shapes = Shapes(rows=2, tokens=6, slots=3, targets=4)
+    params = tiny.make_params(tiny.CONFIG, 1)
+    together = bank.make_bank(tiny.CONFIG, params, shapes, 3)
+    alone = bank.make_bank(tiny.CONFIG, params, shapes, 1)
+    together.step()
+    alone.step()
+    assert together.loss is not None and together.loss.shape == (3,)
+    np.testing.assert_allclose(together.loss[0], alone.loss[0], rtol=1e-5)  # pyright: ignore
+    assert len(set(together.loss.tolist())) == 3
