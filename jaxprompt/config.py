@@ -16,9 +16,10 @@ from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig, read_task
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
-from jaxprompt.optim import RECIPES, OptimConfig
+from jaxprompt.optim import RECIPES, OptimConfig, resolve
 from jaxprompt.prompts.base import MethodConfig
 from jaxprompt.schema import dump
+from jaxprompt.steps import StepOptions
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.typing import UserError
 
@@ -225,6 +226,17 @@ def resolved(
     if kind is RunConfig:
         mapping = _with_recipe(mapping)
     return schema.from_mapping(kind, mapping, where)
+
+
+def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
+    """What is compiled into a run's step; where the config leaves it open, the recipe's."""
+    recipe, dropout, z_loss = resolve(config.optim), config.backbone.dropout, config.train.z_loss
+    return StepOptions(
+        z_loss=recipe.z_loss if z_loss is None else z_loss,
+        loss_by=config.train.loss_by,
+        dropout_rate=recipe.dropout if dropout is None else dropout,
+        accumulate=config.train.accumulate,
+    )
 
 
 def config_names(folder: str = "") -> list[str]:

@@ -16,7 +16,7 @@ import jax
 
 from jaxprompt.backbone import load_backbone
 from jaxprompt.checkpoint import Checkpoints
-from jaxprompt.config import PretrainConfig, dump, load_config
+from jaxprompt.config import PretrainConfig, dump, load_config, step_options
 from jaxprompt.data.pretraining import MixtureBatches, MixtureConfig, MixtureEntry
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.files import held, make_directory, write_file
@@ -27,7 +27,7 @@ from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
 from jaxprompt.plots import write_run_plot
 from jaxprompt.sharding import make_mesh, replicate, shard_batch
-from jaxprompt.steps import StepOptions, eval_step, init_state, train_step
+from jaxprompt.steps import eval_step, init_state, train_step
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import init_params
 from jaxprompt.t5.model import T5
@@ -60,16 +60,9 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.train.epochs:
         raise UserError("train.epochs has no meaning for a mixture; set train.steps instead")
     config.train.check_batch_size("mixture.batch_size", config.mixture.batch_size)
-    recipe = resolve(config.optim)
-    total_steps = config.train.steps or recipe.steps
+    total_steps = config.train.steps or resolve(config.optim).steps
     optimizer = make_optimizer(config.optim, total_steps)
-    dropout, z_loss = config.backbone.dropout, config.train.z_loss
-    options = StepOptions(
-        z_loss=recipe.z_loss if z_loss is None else z_loss,
-        loss_by=config.train.loss_by,
-        dropout_rate=recipe.dropout if dropout is None else dropout,
-        accumulate=config.train.accumulate,
-    )
+    options = step_options(config)
     step = jax.jit(functools.partial(train_step, graphdef, [optimizer], options), donate_argnums=0)
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     state = replicate(mesh, init_state(trained, [optimizer], [config.seed]))

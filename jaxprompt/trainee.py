@@ -12,7 +12,7 @@ import numpy as np
 import jaxprompt
 from jaxprompt.artifact import PromptArtifact, load_artifact, save_artifact
 from jaxprompt.backbone import Backbone, identity_of
-from jaxprompt.config import RunConfig
+from jaxprompt.config import RunConfig, step_options
 from jaxprompt.data.encoder import TaskEncoder
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.sources import Source
@@ -71,16 +71,8 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
     source, validation = task.open("train"), task.open("validation")
     encoder = encoder_of(config, task, backbone, bare=config.tune == "model")
     _check(config, encoder, [source, validation])
-    recipe = resolve(config.optim)
-    dropout, z_loss = config.backbone.dropout, config.train.z_loss
-    options = StepOptions(
-        z_loss=recipe.z_loss if z_loss is None else z_loss,
-        loss_by=config.train.loss_by,
-        dropout_rate=recipe.dropout if dropout is None else dropout,
-        accumulate=config.train.accumulate,
-    )
     steps = _total_steps(config, len(source))
-    return Trainee(name, config, task, source, validation, encoder, steps, options)
+    return Trainee(name, config, task, source, validation, encoder, steps, step_options(config))
 
 
 def keep(
