@@ -70,7 +70,8 @@ def pretend_to_train(config) -> TrainResult:
     return TrainResult(
         output_dir=directory, prompt=directory / "best", metrics={"accuracy": score},
         score_names=["accuracy"], bare={"accuracy": 51.0}, majority={"accuracy": 66.0},
-        best_step=steps, steps=steps, examples_per_second=16.0, prompt_bytes=1000, backbone_bytes=9999, finished=True,
+        best_step=steps, steps=steps, examples_per_second=16.0, prompt_bytes=1000,
+        backbone_bytes=9999, finished=True,
     )  # fmt: skip
 
 
