@@ -231,8 +231,6 @@ def _empty_cache(
 
 def _behind(prefix: KeysValues, index_B: Array, keys: Array, values: Array) -> tuple[Array, ...]:
     """Keys and values [N, B, S, H, K] with each row's prefix before them: [N, B, P+S, H, K]."""
-    if prefix.mask_QP is not None:
-        raise ValueError("generation takes keys and values of prompts of one length")
     pairs = ((prefix.keys, keys), (prefix.values, values))
     return tuple(
         jnp.concatenate([trained[:, index_B].astype(own.dtype), own], axis=2)
