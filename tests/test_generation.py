@@ -3,16 +3,18 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny_backbone import CONFIG, make_prompt, write_backbone
 
 import jaxprompt as jp
-from jaxprompt import cli
+from jaxprompt import cli, generation
 from jaxprompt.artifact import PromptArtifact, save_artifact
 from jaxprompt.backbone import Backbone
-from jaxprompt.generation import Generation, _go_on
+from jaxprompt.generation import Generation, _generate, _go_on, _start
 from jaxprompt.t5.search import Search
 from jaxprompt.typing import UserError
 
@@ -83,6 +85,32 @@ def test_streamed_texts_grow_to_the_same_answers(backbone: Backbone, prompt: Pro
     assert _go_on._cache_size() == compiled, "streaming runs the program of plain generation"
 
 
+def test_other_strengths_are_no_other_program(backbone: Backbone, prompt: PromptArtifact):
+    programs = (_start, _go_on, _generate)
+    drawn = DRAWN | {"top_p": 0.9, "repetition_penalty": 1.2}
+    beams = {"num_beams": 3, "length_penalty": 0.5}
+    first = jp.generate(backbone, prompt, TEXTS, **drawn)
+    jp.generate(backbone, prompt, TEXTS, 5, **beams)
+    compiled = [program._cache_size() for program in programs]
+    drawn |= {"temperature": 2.5, "top_p": 0.8, "repetition_penalty": 1.7}
+    assert jp.generate(backbone, prompt, TEXTS, **drawn) != first
+    jp.generate(backbone, prompt, TEXTS, 5, **beams | {"length_penalty": -3.0})
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_what_is_halted_is_given_away(backbone: Backbone, prompt: PromptArtifact, monkeypatch):
+    """The caches of a stream exist once: the next tokens are written where the last ones are."""
+    halted = []
+
+    def start(*args: Any, **options: Any) -> Any:
+        halted.append(_start(*args, **options))
+        return halted[-1]
+
+    monkeypatch.setattr(generation, "_start", start)
+    list(jp.stream(backbone, prompt, TEXTS, every=3, **DRAWN))
+    assert halted and all(leaf.is_deleted() for leaf in jax.tree.leaves(halted))
+
+
 def test_what_cannot_go_together(backbone: Backbone, prompt: PromptArtifact):
     with pytest.raises(UserError, match="stop is given and num_beams is 2"):
         jp.generate(backbone, prompt, TEXTS, num_beams=2, stop=["x"])
@@ -135,8 +163,8 @@ def test_a_stopped_answer_scores_its_own_tokens(backbone: Backbone, prompt: Prom
     whole = jp.generate(backbone, prompt, TEXTS, **DRAWN)
     stops = (whole[1][3:6],)
 
-    def scores(generation: Generation) -> list[float]:
-        answers = api._answers(backbone, prompt, task, TEXTS, generation)
+    def scores(how: Generation) -> list[float]:
+        answers = api._answers(backbone, prompt, task, TEXTS, how)
         return [answer.score for answer in answers]
 
     full, cut = scores(Generation(search, (), 3)), scores(Generation(search, stops, 3))
