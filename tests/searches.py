@@ -58,6 +58,8 @@ ONCE = {
     "bigrams penalised": Search(NEW, no_repeat_ngram_size=2, repetition_penalty=1.7),
     "bigrams": Search(NEW, no_repeat_ngram_size=2, repetition_penalty=0.8),
     "trigrams": Search(NEW, no_repeat_ngram_size=3, repetition_penalty=0.7),
+    "first": Search(NEW, num_beams=2, length_penalty=2.0, early_stopping=True),
+    "better": Search(NEW, num_beams=2, length_penalty=2.0),
     "never": Search(NEW, num_beams=2, length_penalty=2.0, early_stopping="never"),
     "never short": Search(NEW, num_beams=2, length_penalty=-0.5, early_stopping="never"),
 }

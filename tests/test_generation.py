@@ -15,6 +15,7 @@ from jaxprompt import cli, generation
 from jaxprompt.artifact import PromptArtifact, save_artifact
 from jaxprompt.backbone import Backbone
 from jaxprompt.generation import Generation, _generate, _go_on, _start
+from jaxprompt.inference import generation_of
 from jaxprompt.t5.search import Search
 from jaxprompt.typing import UserError
 
@@ -152,6 +153,24 @@ def test_predict_with_options(
     )
     said = [[row["prediction"], *(more["prediction"] for more in row["more"])] for row in rows]
     assert said == expected
+
+
+def test_options_of_a_command_make_its_generation():
+    words = (
+        "predict p --input - --num-beams 4 --early-stopping never --length-penalty 2 --seed 5 "
+        "--repetition-penalty 1.5 --no-repeat-ngram-size 3 --num-return-sequences 2"
+    )
+    args = cli._parse(cli._parser(), words.split())
+    search = Search(
+        num_beams=4, early_stopping="never", length_penalty=2.0, repetition_penalty=1.5,
+        no_repeat_ngram_size=3, num_return_sequences=2,
+    )  # fmt: skip
+    assert generation_of(args) == Generation(search, (), 5)
+    words = "evaluate p --temperature 0.7 --top-k 40 --top-p 0.9 --stop . --stop !"
+    args = cli._parse(cli._parser(), words.split())
+    assert generation_of(args) == Generation(
+        Search(temperature=0.7, top_k=40, top_p=0.9), (".", "!"), 0
+    )
 
 
 def test_a_stopped_answer_scores_its_own_tokens(backbone: Backbone, prompt: PromptArtifact):
