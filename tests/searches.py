@@ -186,8 +186,10 @@ def find(
 
 def torch_model(family: str, config: T5Config, seed: int, directory: Path) -> Any:
     """The same model in transformers, by way of `directory`."""
+    import torch
     import transformers
 
+    torch.set_num_threads(1)  # models this small only wait for the others
     own = dataclasses.replace(config, model_type="mt5") if family == "mt5" else config
     save_hf(directory, make_params(config, seed), own)
     model = getattr(transformers, ANSWERED[family][0]).from_pretrained(directory)
