@@ -9,9 +9,7 @@ torch sees a GPU both run there in bfloat16, PEFT eager and compiled.
 import argparse
 import dataclasses
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,18 +19,26 @@ import jax
 import numpy as np
 import optax
 import torch
-from peft import PromptTuningConfig, TaskType, get_peft_model
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import T5Config as HFConfig
 from transformers import T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import Shapes, machine, make_step, random_batch, size_config, spread, table
+from benchmarks.common import (
+    Shapes,
+    alternate,
+    machine,
+    make_step,
+    random_batch,
+    ratios,
+    size_config,
+    table,
+)
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.weights import load_params
 from jaxprompt.typing import Batch
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
-REST = 0.3  # seconds between two timed steps, so that one's worker threads stop spinning first
 
 Stepper = Callable[[], float]  # takes a step to its end and returns its loss
 
@@ -48,22 +54,30 @@ def random_torch(config: T5Config) -> T5ForConditionalGeneration:
     return model
 
 
-def peft_stepper(
-    torch_model: T5ForConditionalGeneration, config: T5Config, shapes: Shapes, batch: Batch,
-    device: str, compiled: bool,
-) -> tuple[Stepper, np.ndarray]:  # fmt: skip
-    """PEFT prompt tuning; returns the step and its first prompt, float32 [P, D]."""
+def prompt_tuned(
+    torch_model: T5ForConditionalGeneration, config: T5Config, slots: int, device: str
+) -> tuple[PeftModel, np.ndarray]:
+    """The model with PEFT's prompt before its encoder input, and that prompt, float32 [P, D]."""
     peft_config = PromptTuningConfig(
         task_type=TaskType.SEQ_2_SEQ_LM,
-        num_virtual_tokens=shapes.slots,
+        num_virtual_tokens=slots,
         num_transformer_submodules=1,
         token_dim=config.d_model,
         num_layers=config.num_layers,
         num_attention_heads=config.num_heads,
     )
     model = get_peft_model(torch_model, peft_config).to(device)
+    (trained,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return model, trained.detach().float().cpu().numpy().copy()
+
+
+def peft_stepper(
+    torch_model: T5ForConditionalGeneration, config: T5Config, shapes: Shapes, batch: Batch,
+    device: str, compiled: bool,
+) -> tuple[Stepper, np.ndarray]:  # fmt: skip
+    """PEFT prompt tuning; returns the step and its first prompt, float32 [P, D]."""
+    model, prompt = prompt_tuned(torch_model, config, shapes.slots, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    prompt = trained[0].detach().float().cpu().numpy().copy()
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     ids = torch.tensor(batch.encoder_ids_BS[:, shapes.slots :], dtype=torch.long, device=device)
     inputs = {
@@ -105,32 +119,6 @@ def own_stepper(
     return step
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """Every timed step of one side, in seconds: on the clock, and of all threads together."""
-
-    wall: list[float] = dataclasses.field(default_factory=list)
-    processor: list[float] = dataclasses.field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"{spread(self.wall)}, processor {statistics.median(self.processor):.2f} s"
-
-
-def alternate(ours: Stepper, theirs: Stepper, pairs: int) -> tuple[Timed, Timed]:
-    """Both in turns after a warm-up of both; who goes first flips every pair."""
-    own, peft = Timed(), Timed()
-    for pair in range(-1, pairs):
-        turns = [(ours, own), (theirs, peft)]
-        for step, timed in turns if pair % 2 else turns[::-1]:
-            time.sleep(REST)
-            wall, processor = time.perf_counter(), time.process_time()
-            step()
-            if pair >= 0:
-                timed.wall.append(time.perf_counter() - wall)
-                timed.processor.append(time.process_time() - processor)
-    return own, peft
-
-
 def compare(size: str, shapes: Shapes, pairs: int) -> list[list[str]]:
     """Rows of the table for one size: each PEFT variant against this project's step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,18 +137,6 @@ def compare(size: str, shapes: Shapes, pairs: int) -> list[list[str]]:
         name = f"{size} {dtype} {'compiled' if compiled else 'eager'}"
         rows.append([name, str(own), str(peft), *ratios(own, peft), first])
     return rows
-
-
-def ratios(own: Timed, peft: Timed) -> list[str]:
-    """PEFT over this project: medians, the middle half of the pairs, best times, processor time."""
-    pairs = sorted(b / a for a, b in zip(own.wall, peft.wall, strict=True))
-    processor = statistics.median(peft.processor) / statistics.median(own.processor)
-    return [
-        f"{statistics.median(peft.wall) / statistics.median(own.wall):.2f}",
-        f"{pairs[len(pairs) // 4]:.2f} - {pairs[-1 - len(pairs) // 4]:.2f}",
-        f"{min(peft.wall) / min(own.wall):.2f}",
-        f"{processor:.2f}",
-    ]
 
 
 def main() -> None:
