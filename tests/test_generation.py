@@ -11,11 +11,14 @@ import pytest
 from tiny_backbone import CONFIG, make_prompt, write_backbone
 
 import jaxprompt as jp
-from jaxprompt import cli, generation
+from jaxprompt import api, cli, generation, inference
+from jaxprompt.answerer import Answerer
 from jaxprompt.artifact import PromptArtifact, save_artifact
 from jaxprompt.backbone import Backbone
+from jaxprompt.data.pipeline import Asked
 from jaxprompt.generation import Generation, _generate, _go_on, _start
 from jaxprompt.inference import generation_of
+from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.search import Search
 from jaxprompt.typing import UserError
 
@@ -112,6 +115,30 @@ def test_what_is_halted_is_given_away(backbone: Backbone, prompt: PromptArtifact
     assert halted and all(leaf.is_deleted() for leaf in jax.tree.leaves(halted))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        Generation(Search(8, num_beams=3, num_return_sequences=2)),
+        Generation(Search(8, temperature=1.3, num_return_sequences=2), ("a",), 3),
+    ],
+    ids=["beams", "drawn"],
+)
+def test_a_mesh_gives_the_answers_of_one_device(
+    backbone: Backbone, prompt: PromptArtifact, how: Generation
+):
+    task = inference.with_candidates(inference.task_of(prompt), ())
+    prompted = inference.put_on(backbone, prompt)
+    encoder = inference.encoder_of(backbone, prompt, task, batch_size=8, max_target_length=8)
+
+    def texts(mesh: jax.sharding.Mesh | None) -> list[list[str]]:
+        answerer = Answerer(prompted.graphdef, [encoder], generation=how, mesh=mesh)
+        asked = [Asked(task.example({"text": text}, "", with_target=False)) for text in TEXTS]
+        answered = answerer.answers(prompted.trained, prompted.frozen, asked)
+        return [[a.text, *(b.text for b in a.more)] for chunk in answered for _, a in chunk]
+
+    assert texts(make_mesh()) == texts(None)
+
+
 def test_what_cannot_go_together(backbone: Backbone, prompt: PromptArtifact):
     with pytest.raises(UserError, match="stop is given and num_beams is 2"):
         jp.generate(backbone, prompt, TEXTS, num_beams=2, stop=["x"])
@@ -175,8 +202,6 @@ def test_options_of_a_command_make_its_generation():
 
 def test_a_stopped_answer_scores_its_own_tokens(backbone: Backbone, prompt: PromptArtifact):
     """However often the host looks, and whatever was chosen before it looked."""
-    from jaxprompt import api, inference
-
     task = inference.with_candidates(inference.task_of(prompt), ())
     search = Search(max_new_tokens=8, temperature=1.3)
     whole = jp.generate(backbone, prompt, TEXTS, **DRAWN)
