@@ -21,7 +21,16 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.common import SIZES, Shapes, machine, random_batch, size_config, spread, table
+from benchmarks.common import (
+    SIZES,
+    Shapes,
+    alternate,
+    machine,
+    random_batch,
+    ratios,
+    size_config,
+    table,
+)
 from jaxprompt import steps, trees
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.bank import PromptBank
@@ -101,7 +110,8 @@ def main() -> None:
         f"{shapes.tokens} tokens), {shapes.targets} targets; {args.rounds} rounds\n"
     )
     head = [
-        "backbone", "prompts", "a step of all", "N steps of one", "N runs / bank: step",
+        "backbone", "prompts", "a step of all", "N steps of one", "N steps / the step: medians",
+        "middle half of rounds", "best", "processor time",
         "start-up of a bank / of one", f"N runs / bank: {args.steps:,} steps with start-up",
         "temporaries GiB", "peak memory of the process GiB",
     ]  # fmt: skip
@@ -120,31 +130,28 @@ def _rows(size: str, shapes: Shapes, args: argparse.Namespace) -> list[list[str]
     config = size_config(size)
     params = jax.block_until_ready(init_params(config, jax.random.key(0)))
     single = make_bank(config, params, shapes, 1)
-    single.step()
     one_start, _ = _started(size, shapes, 1)
     rows = []
     for prompts in args.prompts:
         bank = single if prompts == 1 else make_bank(config, params, shapes, prompts)
-        bank.step()
-        together: list[float] = []
-        in_turn: list[float] = []
-        for number in range(args.rounds):
-            sides = [(bank, 1, together), (single, prompts, in_turn)]
-            for side, times, seconds in sides if number % 2 else sides[::-1]:
-                start = time.perf_counter()
-                for _ in range(times):
-                    side.step()
-                seconds.append(time.perf_counter() - start)
+        together, in_turn = alternate(
+            bank.step, functools.partial(_steps, single, prompts), args.rounds
+        )
         assert bank.loss is not None and np.isfinite(bank.loss).all()
-        own, other = statistics.median(together), statistics.median(in_turn)
+        own, other = statistics.median(together.wall), statistics.median(in_turn.wall)
         start, peak = _started(size, shapes, prompts)
         total = prompts * one_start + args.steps * other
         rows.append([
-            size, str(prompts), spread(together), spread(in_turn), f"{other / own:.2f}",
+            size, str(prompts), str(together), str(in_turn), *ratios(together, in_turn),
             f"{start:.1f} s / {one_start:.1f} s", f"{total / (start + args.steps * own):.2f}",
             f"{bank.temporaries / GIB:.2f}", f"{peak / GIB:.2f}",
         ])  # fmt: skip
     return rows
+
+
+def _steps(bank: Bank, times: int) -> None:
+    for _ in range(times):
+        bank.step()
 
 
 def _started(size: str, shapes: Shapes, prompts: int) -> tuple[float, int]:

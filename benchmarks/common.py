@@ -1,4 +1,4 @@
-"""What the measurements share: sizes by name, random full rows, the training step, the machine."""
+"""What the measurements share: sizes by name, random rows, the training step, turns, machine."""
 
 import dataclasses
 import datetime
@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SIZES: dict[
     "xl": dict(d_model=2048, d_ff=5120, num_layers=24, num_heads=32),
     "xxl": dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64),
 }
+REST = 0.3  # seconds between two timed runs, so that one's worker threads stop spinning first
 MINI = Path(jaxprompt.__file__).parent / "assets" / "mini" / "config.json"
 
 
@@ -125,6 +127,50 @@ def make_step(
     state = jax.eval_shape(init, trained) if prompt_PD is None else init(trained)
     run = functools.partial(steps.train_step, graphdef, [optimizer], steps.StepOptions())
     return Step(run, state, frozen, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """Every timed run of one side, in seconds: on the clock, and of all threads together."""
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    processor: list[float] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{spread(self.wall)}, processor {statistics.median(self.processor):.2f} s"
+
+
+def alternate(
+    one: Callable[[], Any], other: Callable[[], Any], pairs: int, rest: float = REST
+) -> tuple[Timed, Timed]:
+    """Both in turns after a warm-up of both; who goes first flips every pair."""
+    first, second = Timed(), Timed()
+    for pair in range(-1, pairs):
+        turns = [(one, first), (other, second)]
+        for run, timed in turns if pair % 2 else turns[::-1]:
+            time.sleep(rest)
+            wall, processor = time.perf_counter(), time.process_time()
+            run()
+            if pair >= 0:
+                timed.wall.append(time.perf_counter() - wall)
+                timed.processor.append(time.process_time() - processor)
+    return first, second
+
+
+def ratios(one: Timed, other: Timed, more: float = 1.0) -> list[str]:
+    """The other over the one: medians, the middle half of the pairs, best times, processor time.
+
+    Args:
+      more: work the one does for each of the other's.
+    """
+    pairs = sorted(more * b / a for a, b in zip(one.wall, other.wall, strict=True))
+    processor = more * statistics.median(other.processor) / statistics.median(one.processor)
+    return [
+        f"{more * statistics.median(other.wall) / statistics.median(one.wall):.2f}",
+        f"{pairs[len(pairs) // 4]:.2f} - {pairs[-1 - len(pairs) // 4]:.2f}",
+        f"{more * min(other.wall) / min(one.wall):.2f}",
+        f"{processor:.2f}",
+    ]
 
 
 def machine() -> str:

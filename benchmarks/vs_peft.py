@@ -17,9 +17,7 @@ import functools
 import itertools
 import os
 import resource
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,12 +27,21 @@ import jax
 import numpy as np
 import optax
 import torch
-from peft import PromptTuningConfig, TaskType, get_peft_model
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import T5Config as HFConfig
 from transformers import T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import Shapes, machine, make_step, random_batch, size_config, spread, table
+from benchmarks.common import (
+    Shapes,
+    alternate,
+    machine,
+    make_step,
+    random_batch,
+    ratios,
+    size_config,
+    table,
+)
 from benchmarks.packing import Options, batches_of, task_of
 from jaxprompt import steps, trees
 from jaxprompt.data.tokenizer import load_tokenizer
@@ -47,7 +54,6 @@ from jaxprompt.t5.weights import load_params
 from jaxprompt.typing import Batch
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
-REST = 0.3  # seconds between two timed steps, so that one's worker threads stop spinning first
 
 Stepper = Callable[[], float]  # takes a step to its end and returns its loss
 
@@ -63,11 +69,10 @@ def random_torch(config: T5Config) -> T5ForConditionalGeneration:
     return model
 
 
-def peft_stepper(
-    torch_model: T5ForConditionalGeneration, config: T5Config, slots: int,
-    batches: Sequence[Batch], device: str, compiled: bool,
-) -> tuple[Stepper, np.ndarray]:  # fmt: skip
-    """PEFT prompt tuning; returns what takes a step on each batch, and its first prompt [P, D]."""
+def prompt_tuned(
+    torch_model: T5ForConditionalGeneration, config: T5Config, slots: int, device: str
+) -> tuple[PeftModel, np.ndarray]:
+    """The model with PEFT's prompt before its encoder input, and that prompt, float32 [P, D]."""
     peft_config = PromptTuningConfig(
         task_type=TaskType.SEQ_2_SEQ_LM,
         num_virtual_tokens=slots,
@@ -77,8 +82,17 @@ def peft_stepper(
         num_attention_heads=config.num_heads,
     )
     model = get_peft_model(torch_model, peft_config).to(device)
+    (trained,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return model, trained.detach().float().cpu().numpy().copy()
+
+
+def peft_stepper(
+    torch_model: T5ForConditionalGeneration, config: T5Config, slots: int,
+    batches: Sequence[Batch], device: str, compiled: bool,
+) -> tuple[Stepper, np.ndarray]:  # fmt: skip
+    """PEFT prompt tuning; returns what takes a step on each batch, and its first prompt [P, D]."""
+    model, prompt = prompt_tuned(torch_model, config, slots, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    prompt = trained[0].detach().float().cpu().numpy().copy()
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     inputs = [_peft_inputs(batch, slots, device) for batch in batches]
     model.train()
@@ -150,32 +164,6 @@ def _side_by_side(batch: Batch, prompts: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
-    """Every timed step of one side, in seconds: on the clock, and of all threads together."""
-
-    wall: list[float] = dataclasses.field(default_factory=list)
-    processor: list[float] = dataclasses.field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"{spread(self.wall)}, processor {statistics.median(self.processor):.2f} s"
-
-
-def alternate(ours: Stepper, theirs: Stepper, pairs: int) -> tuple[Timed, Timed]:
-    """Both in turns after a warm-up of both; who goes first flips every pair."""
-    own, peft = Timed(), Timed()
-    for pair in range(-1, pairs):
-        turns = [(ours, own), (theirs, peft)]
-        for step, timed in turns if pair % 2 else turns[::-1]:
-            time.sleep(REST)
-            wall, processor = time.perf_counter(), time.process_time()
-            step()
-            if pair >= 0:
-                timed.wall.append(time.perf_counter() - wall)
-                timed.processor.append(time.process_time() - processor)
-    return own, peft
-
-
-@dataclasses.dataclass(frozen=True)
 class Work:
     """What both sides do in a turn: the same examples, laid out as each side does it.
 
@@ -240,18 +228,6 @@ def real_rows(place: str, vocabulary: str, slots: int, batch_size: int, batches:
     count = sum(int((batch.example_index_BG >= 0).sum()) for batch in ours)
     name = f"{place.partition('=')[0]}: {count} examples packed, {wanted} padded"
     return Work(name, ours, theirs, slots, more=count / wanted)
-
-
-def ratios(own: Timed, peft: Timed, more: float) -> list[str]:
-    """PEFT over this project: medians, the middle half of the pairs, best times, processor time."""
-    pairs = sorted(more * b / a for a, b in zip(own.wall, peft.wall, strict=True))
-    processor = more * statistics.median(peft.processor) / statistics.median(own.processor)
-    return [
-        f"{more * statistics.median(peft.wall) / statistics.median(own.wall):.2f}",
-        f"{pairs[len(pairs) // 4]:.2f} - {pairs[-1 - len(pairs) // 4]:.2f}",
-        f"{more * min(peft.wall) / min(own.wall):.2f}",
-        f"{processor:.2f}",
-    ]
 
 
 def peak_gib() -> float:

@@ -174,19 +174,21 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         ("--temperature", float, 0.0, "X", "above 0 draws tokens at random (0 = the likeliest)"),
         ("--top-k", int, 0, "K", "draw from the K likeliest tokens (0 = from all)"),
         ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P (1.0 = all)"),
-        (
-            "--repetition-penalty",
-            float,
-            1.0,
-            "X",
-            "make tokens that came already less likely (1.0)",
-        ),
+        ("--repetition-penalty", float, 1.0, "X", "make tokens that came less likely again (1.0)"),
         ("--no-repeat-ngram-size", int, 0, "N", "let no N tokens in a row come twice (0 = may)"),
-        ("--num-return-sequences", int, 1, "N", "answers for each input (1)"),
+        ("--num-return-sequences", int, 1, "N", "answers for each input, in `predict` (1)"),
         ("--seed", int, 0, "N", "of drawing at random (0)"),
     )
     for name, kind, default, letter, text in numbers:
         group.add_argument(name, type=kind, default=default, metavar=letter, help=text)
+    group.add_argument(
+        "--early-stopping",
+        type=_early_stopping,
+        default=False,
+        metavar="true|false|never",
+        help="beams: stop at the first N ended answers (true), when the best running one is worse "
+        "than they are (false, the default), or when it will be at any length (never)",
+    )
     group.add_argument(
         "--stop",
         action="append",
@@ -278,6 +280,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _early_stopping(text: str) -> bool | str:
+    known: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+    return known[text]
 
 
 class _Command(NamedTuple):

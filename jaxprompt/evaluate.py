@@ -216,6 +216,11 @@ def main(args: argparse.Namespace) -> None:
     named = next((prompt for prompt in prompts if prompt is not None), None)
     if (named is None and not args.task) or (named is not None and not (named.task or args.task)):
         raise UserError(f"{args.prompts[0]} has no task of its own; name one with --task")
+    if args.num_return_sequences > 1:
+        raise UserError(
+            f"--num-return-sequences is {args.num_return_sequences}; evaluate scores one answer to "
+            "each example, `jaxprompt predict` gives several"
+        )
     if args.prompt_field and not args.data:
         raise UserError("--prompt-field is for rows of one file; name it with --data")
     owners = prompts if args.prompt_field else [named] * len(prompts)

@@ -20,10 +20,10 @@ from jaxprompt.t5.search import Search
 from jaxprompt.t5.stepwise import Draw
 from jaxprompt.typing import Array, ArrayTree, Batch, UserError
 
-# Compiled once for each shape and search, whoever asks.
-_generate = jax.jit(steps.generate, static_argnums=0, static_argnames="search")
-_start = jax.jit(steps.start_search, static_argnums=0, static_argnames="search")
-_go_on = jax.jit(steps.go_on, static_argnums=0, static_argnames="search")
+# Compiled once for each shape and kind of search, whoever asks.
+_generate = jax.jit(steps.generate, static_argnums=0)
+_start = jax.jit(steps.start_search, static_argnums=0)
+_go_on = jax.jit(steps.go_on, static_argnums=0, donate_argnames="halted")
 _LOOK_EVERY = 4  # tokens between two looks for a stop string; changes no answer
 _HALF_CHARACTER = "\ufffd"
 
@@ -118,16 +118,16 @@ class Generator:
           numbers_B: each example's own number, on which its samples depend.
         Returns: what `read` takes.
         """
-        search = self.generation.search
+        search, rules = self.generation.search, self.generation.search.rules
         if self.generation.stop:
             *_, last = self._growing(trained, frozen, batch, numbers_B, _LOOK_EVERY)
             return last.said
         given, draw = (self._graphdef, trained, frozen), self._draw(numbers_B)
         batch = self._put(batch)
         if search.num_beams > 1:
-            return _generate(*given, batch, draw, search=search)
-        halted = _start(*given, batch, draw, search=search)
-        return _go_on(*given, halted, np.int32(search.max_new_tokens), search=search)[1]
+            return _generate(*given, batch, draw, rules=rules)
+        halted = _start(*given, batch, draw, rules=rules)
+        return _go_on(*given, halted, np.int32(search.max_new_tokens), rules=rules)[1]
 
     def read(self, begun: Generated | list[Said]) -> list[list[Said]]:
         """The answers to every row, best first where they have an order."""
@@ -158,11 +158,11 @@ class Generator:
         numbers_B: np.ndarray,
         every: int,
     ) -> Iterator[_Grown]:
-        search, given = self.generation.search, (self._graphdef, trained, frozen)
-        halted = _start(*given, self._put(batch), self._draw(numbers_B), search=search)
+        rules, given = self.generation.search.rules, (self._graphdef, trained, frozen)
+        halted = _start(*given, self._put(batch), self._draw(numbers_B), rules=rules)
         stopped: dict[int, Said] = {}
-        for until in range(every, search.max_new_tokens + every, every):
-            halted, found = _go_on(*given, halted, np.int32(until), search=search)
+        for until in range(every, rules.max_new_tokens + every, every):
+            halted, found = _go_on(*given, halted, np.int32(until), rules=rules)
             found, gained_BT = self._fetch((found, halted.gained_BT))
             said = self._said(found)
             if self.generation.stop:
@@ -173,7 +173,7 @@ class Generator:
                 said = [stopped.get(row, one) for row, one in enumerate(said)]
                 ended_B = np.asarray([one.ended for one in said])
                 halted = dataclasses.replace(halted, ended_B=halted.ended_B | jnp.asarray(ended_B))
-            over = until >= search.max_new_tokens or all(one.ended for one in said)
+            over = until >= rules.max_new_tokens or all(one.ended for one in said)
             yield _Grown(said, over)
             if over:
                 return

@@ -8,7 +8,7 @@ from jaxprompt.t5 import stepwise
 from jaxprompt.t5.decode import Generated
 from jaxprompt.t5.generate import generate
 from jaxprompt.t5.model import T5
-from jaxprompt.t5.search import Search
+from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, Halted
 from jaxprompt.typing import Array, Batch, PromptValues
 
@@ -74,29 +74,29 @@ class PromptedT5(nnx.Module):
             dropout_rate=dropout_rate, dropout_key=dropout_key,
         )  # fmt: skip
 
-    def generate(self, batch: Batch, search: Search, draw: Draw | None = None) -> Generated:
+    def generate(self, batch: Batch, rules: Rules, draw: Draw | None = None) -> Generated:
         """Continues the beginning in the batch's decoder fields, see `t5.generate.generate`."""
         values, encoded_BSD = self.encode(batch)
         backbone = self.backbone
         return generate(
             backbone.tree(), backbone.config, backbone.compute, batch, values, encoded_BSD,
-            search, draw,
+            rules, draw,
         )  # fmt: skip
 
-    def start(self, batch: Batch, search: Search, draw: Draw | None = None) -> Halted:
+    def start(self, batch: Batch, rules: Rules, draw: Draw | None = None) -> Halted:
         """The first token of a search without beams, see `t5.stepwise.start`."""
         values, encoded_BSD = self.encode(batch)
         backbone = self.backbone
         return stepwise.start(
             backbone.tree(), backbone.config, backbone.compute, batch, values, encoded_BSD,
-            search, draw,
+            rules, draw,
         )  # fmt: skip
 
-    def go_on(self, search: Search, halted: Halted, until: Array) -> tuple[Halted, Generated]:
+    def go_on(self, rules: Rules, halted: Halted, until: Array) -> tuple[Halted, Generated]:
         """Up to `until` tokens, and what there is then, see `t5.stepwise.go_on`."""
         backbone = self.backbone
         halted = stepwise.go_on(
-            backbone.tree(), backbone.config, backbone.compute, search, halted, until
+            backbone.tree(), backbone.config, backbone.compute, rules, halted, until
         )
         return halted, stepwise.result(backbone.config, halted)
 

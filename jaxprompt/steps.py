@@ -16,7 +16,7 @@ import optax
 from jaxprompt.losses import cross_entropy, segment_sums, token_weights
 from jaxprompt.prompts.bank import bank_of, members
 from jaxprompt.t5.decode import Generated
-from jaxprompt.t5.search import Search
+from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, Halted
 from jaxprompt.trees import merge
 from jaxprompt.typing import Array, ArrayTree, Batch, Candidates
@@ -289,10 +289,10 @@ def generate(
     batch: Batch,
     draw: Draw | None = None,
     *,
-    search: Search,
+    rules: Rules,
 ) -> Generated:
     """Answers in one go, see `t5.generate.generate`; one segment a row."""
-    return merge(graphdef, trained, frozen).generate(batch, search, draw)
+    return merge(graphdef, trained, frozen).generate(batch, rules, draw)
 
 
 def start_search(
@@ -302,10 +302,10 @@ def start_search(
     batch: Batch,
     draw: Draw | None = None,
     *,
-    search: Search,
+    rules: Rules,
 ) -> Halted:
     """The first token of a search that can be halted, see `t5.stepwise.start`."""
-    return merge(graphdef, trained, frozen).start(batch, search, draw)
+    return merge(graphdef, trained, frozen).start(batch, rules, draw)
 
 
 def go_on(
@@ -315,7 +315,7 @@ def go_on(
     halted: Halted,
     until: Array,
     *,
-    search: Search,
+    rules: Rules,
 ) -> tuple[Halted, Generated]:
     """The search up to `until` tokens, int32 [], and what it has found by then."""
-    return merge(graphdef, trained, frozen).go_on(search, halted, until)
+    return merge(graphdef, trained, frozen).go_on(rules, halted, until)

@@ -12,7 +12,7 @@ from jaxprs import matmul_flops
 from tiny_backbone import make_rows, write_rows
 from tiny_tokenizer import tiny_tokenizer
 
-from benchmarks import bank, packing
+from benchmarks import bank, generate, packing
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
 from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
 from jaxprompt import steps, trees
@@ -75,6 +75,22 @@ def test_sizes_are_t5_1_1(size: str):
     config = size_config(size)
     millions = {"small": 77, "base": 248, "large": 783, "xl": 2850, "xxl": 11135}
     assert round(trees.count(abstract_params(config)) / 1e6) == millions[size]
+
+
+def test_a_bank_generates_what_its_prompts_generate_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generate, "SEARCHES", {"greedy": {}})
+    (row,) = generate.together(tiny.CONFIG, SHAPES, prompts=3, pairs=1, rest=0)
+    assert len(row) == len(generate.head("one", "other"))
+    assert "tokens/s" in row[1] and row[-1] == "6 of 6"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_peft_generates_the_same_in_the_benchmark(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch").set_num_threads(1)
+    pytest.importorskip("peft")
+    monkeypatch.setattr(generate, "SEARCHES", {"greedy": {}})
+    (row,) = generate.against_peft(tiny.CONFIG, SHAPES, pairs=1, rest=0)
+    assert row[-1] == "2 of 2"
 
 
 def test_ways_of_padding_count_the_same_text(tmp_path):

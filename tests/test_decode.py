@@ -1,136 +1,58 @@
-"""Greedy decoding with caches against decoding without any, and against transformers' generate."""
+"""Greedy decoding with caches against decoding without any; `test_search` has transformers'."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from searches import (
+    FAMILIES,
+    NEW,
+    NOTHING,
+    ONE_BY_ONE,
+    every_value,
+    find,
+    make_batch,
+    make_config,
+    make_params,
+)
 
 from jaxprompt import steps, trees
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5 import model as t5
-from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.decode import Generated
-from jaxprompt.t5.generate import generate
-from jaxprompt.t5.layers import init_params
 from jaxprompt.t5.search import Search
-from jaxprompt.t5.weights import save_hf
 from jaxprompt.typing import Batch, KeysValues, PromptValues, UserError
 
-SIZES = {
-    "vocab_size": 23, "d_model": 12, "d_kv": 5, "d_ff": 19, "num_layers": 2,
-    "num_decoder_layers": 2, "num_heads": 3, "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12,
-}  # fmt: skip
-FAMILIES = {
-    "t5-1.0": {
-        "activation": "relu", "gated": False, "tie_word_embeddings": True,
-        "scale_decoder_outputs": True,
-    },
-    "t5-1.1": {},
-    "umt5": {"model_type": "umt5", "per_layer_relative_bias": True},
-}  # fmt: skip
-NEW = 9
-NOTHING = PromptValues()
-ONE_BY_ONE = Compute(scan_unroll=1)  # compiles faster
-
-
-def make_config(family: str) -> T5Config:
-    return T5Config(**SIZES, **FAMILIES[family])
-
-
-def make_params(config: T5Config) -> dict:
-    """Random weights, scaled so that what is said depends on more than the last token."""
-    return _params(dataclasses.replace(config, eos_id=1))
-
 
 @functools.cache
-def _params(config: T5Config) -> dict:
-    params = init_params(config, jax.random.key(3))
-    return trees.map_with_path(
-        lambda path, leaf: leaf * (0.2 if path == "token_embedder/embedding" else 3.0), params
-    )
-
-
-def make_batch(rows: int = 5, slots: int = 0, decoder_slots: int = 0, prompts: int = 1) -> Batch:
-    """Rows of 4 to 8 random tokens behind their slots; the last row is empty."""
-    rng = np.random.default_rng(0)
-    length = 8 + slots
-    lengths = rng.integers(4, 9, rows) + slots
-    lengths[-1] = 0
-    filled = np.arange(length) < lengths[:, None]
-    is_slot = filled & (np.arange(length) < slots)
-    ids = np.where(filled & ~is_slot, rng.integers(3, 23, (rows, length)), 0)
-    beginning = np.zeros((rows, 1 + decoder_slots), np.int32)
-    return Batch(
-        encoder_ids_BS=ids.astype(np.int32),
-        encoder_slots_BS=np.where(is_slot, np.arange(length), -1).astype(np.int32),
-        encoder_segments_BS=filled.astype(np.int32),
-        decoder_ids_BT=beginning,
-        decoder_slots_BT=np.arange(-1, decoder_slots, dtype=np.int32) * np.ones_like(beginning),
-        decoder_segments_BT=beginning + 1,
-        targets_BT=beginning,
-        loss_weights_BT=beginning.astype(np.float32),
-        prompt_index_BG=rng.integers(0, prompts, (rows, 1)).astype(np.int32),
-        example_index_BG=np.where(np.arange(rows) < rows - 1, np.arange(rows), -1)[:, None].astype(
-            np.int32
-        ),
-    )
-
-
-def every_value(config: T5Config, slots: int, decoder_slots: int, prefix: int) -> PromptValues:
-    """Prompt values of every kind for a bank of two prompts."""
-    rng = np.random.default_rng(1)
-
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    def pair(layers: int) -> KeysValues:
-        shape = (layers, 2, prefix, config.num_heads, config.d_kv)
-        return KeysValues(draw(*shape), draw(*shape))
-
-    return PromptValues(
-        encoder=draw(2, slots, config.d_model),
-        decoder=draw(2, decoder_slots, config.d_model),
-        encoder_self=pair(config.num_layers),
-        decoder_self=pair(config.num_decoder_layers),
-        decoder_cross=pair(config.num_decoder_layers),
-    )
-
-
-@functools.cache
-def compiled(config: T5Config, count: int) -> tuple[Callable, Callable]:
-    """Greedy decoding, and logits of all positions with teacher forcing, both jitted."""
-
-    def greedily(params: dict, batch: Batch, values: PromptValues) -> Generated:
-        encoded = t5.encode_batch(params, config, ONE_BY_ONE, batch, values)
-        search = Search(max_new_tokens=count)
-        return generate(params, config, ONE_BY_ONE, batch, values, encoded, search)
+def forced(config: T5Config) -> Callable:
+    """Logits of all positions with teacher forcing, jitted."""
 
     def logits(params: dict, batch: Batch, values: PromptValues) -> jax.Array:
         encoded = t5.encode_batch(params, config, ONE_BY_ONE, batch, values)
         hidden = t5.decode_batch(params, config, ONE_BY_ONE, batch, values, encoded)
         return t5.logits(params, config, hidden)
 
-    return jax.jit(greedily), jax.jit(logits)
+    return jax.jit(logits)
 
 
 def greedy(
     config: T5Config, batch: Batch, values: PromptValues = NOTHING, count: int = NEW
 ) -> Generated:
-    return jax.device_get(compiled(config, count)[0](make_params(config), batch, values))
+    return find(config, batch, Search(count), values=values)
 
 
 def without_cache(
     config: T5Config, batch: Batch, values: PromptValues = NOTHING, count: int = NEW
 ) -> tuple[np.ndarray, np.ndarray]:
     """Teacher-forced argmax over the growing output: ids [B, count], summed log-likelihood [B]."""
-    program = compiled(dataclasses.replace(config, eos_id=-1), 1)[1]
+    program = forced(dataclasses.replace(config, eos_id=-1))
     ended = batch.example_index_BG[:, 0] < 0
     rows, start = batch.decoder_ids_BT.shape
     longer = dataclasses.replace(
@@ -233,30 +155,6 @@ def test_prompted_model_generates_with_its_prompt():
     prompt = jax.random.normal(jax.random.key(1), (3, config.d_model))
     model = PromptedT5(t5.T5(config, make_params(config)), SoftPrompt(prompt))
     graphdef, trained, frozen = trees.split(model)
-    program = jax.jit(functools.partial(steps.generate, graphdef, search=Search(NEW)))
+    program = jax.jit(functools.partial(steps.generate, graphdef, rules=Search(NEW).rules))
     ids, _ = without_cache(config, batch, PromptValues(encoder=prompt[None]))
     np.testing.assert_array_equal(program(trained, frozen, batch).ids_BT, ids)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers_generate(family: str, tmp_path: Path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    batch = make_batch()
-    config = ending(make_config(family), batch)
-    save_hf(tmp_path, make_params(config), config)
-    name = "UMT5ForConditionalGeneration" if family == "umt5" else "T5ForConditionalGeneration"
-    model = getattr(transformers, name).from_pretrained(tmp_path)
-    for eos_id in (config.eos_id, -1):
-        theirs = model.generate(
-            input_ids=torch.tensor(batch.encoder_ids_BS[:-1]).long(),
-            attention_mask=torch.tensor(batch.encoder_segments_BS[:-1]),
-            max_new_tokens=NEW,
-            eos_token_id=None if eos_id < 0 else eos_id,
-            do_sample=False,
-            num_beams=1,
-        )
-        theirs = theirs.numpy()[:, 1:]  # behind the start token, and no longer than needed
-        ours = greedy(dataclasses.replace(config, eos_id=eos_id), batch).ids_BT[:-1]
-        np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
-        assert not ours[:, theirs.shape[1] :].any()

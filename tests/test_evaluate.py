@@ -300,6 +300,9 @@ def test_command_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "no prompt at": [tmp_path / "nothing", *data],
         "there is no file": [place / "prompt-0", "--data", tmp_path / "nothing.jsonl"],
         "the task has no validation data": [place / "prompt-0"],
+        "evaluate scores one answer to each example": [
+            place / "prompt-0", *data, "--num-beams", "3", "--num-return-sequences", "2",
+        ],
     }  # fmt: skip
     for sentence, argv in wrong.items():
         code, out, err = run(capsys, "evaluate", *argv)

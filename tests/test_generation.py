@@ -3,16 +3,22 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny_backbone import CONFIG, make_prompt, write_backbone
 
 import jaxprompt as jp
-from jaxprompt import cli
+from jaxprompt import api, cli, generation, inference
+from jaxprompt.answerer import Answerer
 from jaxprompt.artifact import PromptArtifact, save_artifact
 from jaxprompt.backbone import Backbone
-from jaxprompt.generation import Generation, _go_on
+from jaxprompt.data.pipeline import Asked
+from jaxprompt.generation import Generation, _generate, _go_on, _start
+from jaxprompt.inference import generation_of
+from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.search import Search
 from jaxprompt.typing import UserError
 
@@ -83,6 +89,56 @@ def test_streamed_texts_grow_to_the_same_answers(backbone: Backbone, prompt: Pro
     assert _go_on._cache_size() == compiled, "streaming runs the program of plain generation"
 
 
+def test_other_strengths_are_no_other_program(backbone: Backbone, prompt: PromptArtifact):
+    programs = (_start, _go_on, _generate)
+    drawn = DRAWN | {"top_p": 0.9, "repetition_penalty": 1.2}
+    beams = {"num_beams": 3, "length_penalty": 0.5}
+    first = jp.generate(backbone, prompt, TEXTS, **drawn)
+    jp.generate(backbone, prompt, TEXTS, 5, **beams)
+    compiled = [program._cache_size() for program in programs]
+    drawn |= {"temperature": 2.5, "top_p": 0.8, "repetition_penalty": 1.7}
+    assert jp.generate(backbone, prompt, TEXTS, **drawn) != first
+    jp.generate(backbone, prompt, TEXTS, 5, **beams | {"length_penalty": -3.0})
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_what_is_halted_is_given_away(backbone: Backbone, prompt: PromptArtifact, monkeypatch):
+    """The caches of a stream exist once: the next tokens are written where the last ones are."""
+    halted = []
+
+    def start(*args: Any, **options: Any) -> Any:
+        halted.append(_start(*args, **options))
+        return halted[-1]
+
+    monkeypatch.setattr(generation, "_start", start)
+    list(jp.stream(backbone, prompt, TEXTS, every=3, **DRAWN))
+    assert halted and all(leaf.is_deleted() for leaf in jax.tree.leaves(halted))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Generation(Search(8, num_beams=3, num_return_sequences=2)),
+        Generation(Search(8, temperature=1.3, num_return_sequences=2), ("a",), 3),
+    ],
+    ids=["beams", "drawn"],
+)
+def test_a_mesh_gives_the_answers_of_one_device(
+    backbone: Backbone, prompt: PromptArtifact, how: Generation
+):
+    task = inference.with_candidates(inference.task_of(prompt), ())
+    prompted = inference.put_on(backbone, prompt)
+    encoder = inference.encoder_of(backbone, prompt, task, batch_size=8, max_target_length=8)
+
+    def texts(mesh: jax.sharding.Mesh | None) -> list[list[str]]:
+        answerer = Answerer(prompted.graphdef, [encoder], generation=how, mesh=mesh)
+        asked = [Asked(task.example({"text": text}, "", with_target=False)) for text in TEXTS]
+        answered = answerer.answers(prompted.trained, prompted.frozen, asked)
+        return [[a.text, *(b.text for b in a.more)] for chunk in answered for _, a in chunk]
+
+    assert texts(make_mesh()) == texts(None)
+
+
 def test_what_cannot_go_together(backbone: Backbone, prompt: PromptArtifact):
     with pytest.raises(UserError, match="stop is given and num_beams is 2"):
         jp.generate(backbone, prompt, TEXTS, num_beams=2, stop=["x"])
@@ -126,17 +182,33 @@ def test_predict_with_options(
     assert said == expected
 
 
+def test_options_of_a_command_make_its_generation():
+    words = (
+        "predict p --input - --num-beams 4 --early-stopping never --length-penalty 2 --seed 5 "
+        "--repetition-penalty 1.5 --no-repeat-ngram-size 3 --num-return-sequences 2"
+    )
+    args = cli._parse(cli._parser(), words.split())
+    search = Search(
+        num_beams=4, early_stopping="never", length_penalty=2.0, repetition_penalty=1.5,
+        no_repeat_ngram_size=3, num_return_sequences=2,
+    )  # fmt: skip
+    assert generation_of(args) == Generation(search, (), 5)
+    words = "evaluate p --temperature 0.7 --top-k 40 --top-p 0.9 --stop . --stop !"
+    args = cli._parse(cli._parser(), words.split())
+    assert generation_of(args) == Generation(
+        Search(temperature=0.7, top_k=40, top_p=0.9), (".", "!"), 0
+    )
+
+
 def test_a_stopped_answer_scores_its_own_tokens(backbone: Backbone, prompt: PromptArtifact):
     """However often the host looks, and whatever was chosen before it looked."""
-    from jaxprompt import api, inference
-
     task = inference.with_candidates(inference.task_of(prompt), ())
     search = Search(max_new_tokens=8, temperature=1.3)
     whole = jp.generate(backbone, prompt, TEXTS, **DRAWN)
     stops = (whole[1][3:6],)
 
-    def scores(generation: Generation) -> list[float]:
-        answers = api._answers(backbone, prompt, task, TEXTS, generation)
+    def scores(how: Generation) -> list[float]:
+        answers = api._answers(backbone, prompt, task, TEXTS, how)
         return [answer.score for answer in answers]
 
     full, cut = scores(Generation(search, (), 3)), scores(Generation(search, stops, 3))

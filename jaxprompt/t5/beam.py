@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.decode import Cache, Generated, advance, begin
 from jaxprompt.t5.model import embed_tokens
-from jaxprompt.t5.search import Search, controlled, first_history
+from jaxprompt.t5.search import Rules, controlled, first_history
 from jaxprompt.typing import Array, ArrayTree, Batch, PromptValues
 
 _OUT = -1e9  # added to what may not be chosen; the score of an answer that is not there
@@ -68,24 +68,24 @@ def beam_search(
     batch: Batch,
     values: PromptValues,
     encoded_BSD: Array,
-    search: Search,
+    rules: Rules,
 ) -> Generated:
-    """The likeliest answers that a beam of `search.num_beams` finds, best first.
+    """The likeliest answers that a beam of `rules.num_beams` finds, best first.
 
     Args: as `decode.begin`; rows without an example end at once.
-    Returns: `search.num_return_sequences` rows for each of the batch's.
+    Returns: `rules.num_return_sequences` rows for each of the batch's.
     Raises: ValueError if a row has several segments.
     Source: the semantics of transformers 5 `GenerationMixin._beam_search`.
     """
-    width, longest = search.num_beams, search.max_new_tokens
+    width, longest = rules.num_beams, rules.max_new_tokens
     encoded, cache, logits_BV = begin(
         params, config, compute, batch, values, encoded_BSD, max_new_tokens=longest
     )
     beginning = batch.decoder_ids_BT.shape[1]
-    state = _first_state(config, search, batch, cache.repeated(width))
+    state = _first_state(config, rules, batch, cache.repeated(width))
 
     def choose(logits_XV: Array, state: _State) -> _State:
-        return _choose(config, search, beginning, logits_XV, state)
+        return _choose(config, rules, beginning, logits_XV, state)
 
     def step_on(state: _State) -> _State:
         last_BW = jax.lax.dynamic_index_in_dim(
@@ -100,9 +100,9 @@ def beam_search(
 
     state = choose(jnp.repeat(logits_BV, width, axis=0), state)
     ended = jax.lax.while_loop(unfinished, step_on, state).ended
-    best = jax.tree.map(lambda x: x[:, : search.num_return_sequences], ended)
+    best = jax.tree.map(lambda x: x[:, : rules.num_return_sequences], ended)
     ids_BT = best.history_BWL[:, :, beginning:].reshape(-1, longest)
-    empty_B = jnp.repeat(batch.example_index_BG[:, 0] < 0, search.num_return_sequences)
+    empty_B = jnp.repeat(batch.example_index_BG[:, 0] < 0, rules.num_return_sequences)
     return Generated(
         ids_BT=jnp.where((ids_BT < 0) | empty_B[:, None], config.pad_id, ids_BT),
         log_likelihood_B=jnp.where(empty_B, 0.0, best.likelihood_BW.reshape(-1)),
@@ -111,9 +111,9 @@ def beam_search(
     )
 
 
-def _first_state(config: T5Config, search: Search, batch: Batch, cache: Cache) -> _State:
-    width = search.num_beams
-    history_BL = first_history(batch.decoder_ids_BT, batch.decoder_slots_BT, search.max_new_tokens)
+def _first_state(config: T5Config, rules: Rules, batch: Batch, cache: Cache) -> _State:
+    width = rules.num_beams
+    history_BL = first_history(batch.decoder_ids_BT, batch.decoder_slots_BT, rules.max_new_tokens)
     examples, length = history_BL.shape
     history_BWL = jnp.broadcast_to(history_BL[:, None], (examples, width, length))
     zeros_BW = jnp.zeros((examples, width), jnp.float32)
@@ -130,18 +130,18 @@ def _first_state(config: T5Config, search: Search, batch: Batch, cache: Cache) -
 
 
 def _choose(
-    config: T5Config, search: Search, beginning: int, logits_XV: Array, state: _State
+    config: T5Config, rules: Rules, beginning: int, logits_XV: Array, state: _State
 ) -> _State:
     """Adds a token to the beams, X = B*W rows of logits, and moves those that end to the answers.
 
     Twice as many continuations as beams are looked at: of each beam at most one ends, so that
     enough are left to go on.
     """
-    running, width = state.running, search.num_beams
+    running, width = state.running, rules.num_beams
     examples, _, length = running.history_BWL.shape
     filled = beginning + state.step
     own_XV = jax.nn.log_softmax(logits_XV)
-    scores_XV = controlled(search, own_XV, running.history_BWL.reshape(-1, length), filled)
+    scores_XV = controlled(rules, own_XV, running.history_BWL.reshape(-1, length), filled)
     vocabulary = scores_XV.shape[1]
     total_BWV = running.score_BW[:, :, None] + scores_XV.reshape(examples, width, vocabulary)
     likelihood_BWV = running.likelihood_BW[:, :, None] + own_XV.reshape(total_BWV.shape)
@@ -156,7 +156,7 @@ def _choose(
 
     complete_BX = token_BX == config.eos_id
     step = state.step + 1
-    ends_BX = complete_BX | (step == search.max_new_tokens)
+    ends_BX = complete_BX | (step == rules.max_new_tokens)
     on_BX = score_BX + jnp.where(ends_BX, _OUT, 0.0)
     _, next_BW = jax.lax.top_k(on_BX, width)
     running = _Running(
@@ -165,7 +165,7 @@ def _choose(
     rows_BW = jnp.arange(examples)[:, None] * width + _rows(beam_BX, next_BW)
 
     ends_BX = ends_BX & (jnp.arange(looked_at) < width)[None]
-    penalised_BX = score_BX / step.astype(jnp.float32) ** search.length_penalty
+    penalised_BX = score_BX / step.astype(jnp.float32) ** rules.length_penalty
     found = _Ended(
         history_BXL,
         jnp.where(ends_BX, penalised_BX, _OUT),
@@ -179,7 +179,7 @@ def _choose(
         cache=state.cache.reordered(rows_BW.reshape(-1)),
         running=running,
         ended=ended,
-        going_B=state.going_B & _can_improve(search, running, ended, step),
+        going_B=state.going_B & _can_improve(rules, running, ended, step),
     )
 
 
@@ -195,14 +195,15 @@ def _best(ended: _Ended, found: _Ended, going_B: Array) -> _Ended:
     return jax.tree.map(keep, ended, both)
 
 
-def _can_improve(search: Search, running: _Running, ended: _Ended, step: Array) -> Array:
+def _can_improve(rules: Rules, running: _Running, ended: _Ended, step: Array) -> Array:
     """bool [B], whether a running beam may still come among the answers."""
     full_B = jnp.all(ended.there_BW, axis=1)
-    if search.early_stopping is True:
+    if rules.early_stopping is True:
         return ~full_B
-    longest = search.early_stopping == "never" and search.length_penalty > 0
-    length = jnp.asarray(search.max_new_tokens if longest else step, jnp.float32)
-    best_B = running.score_BW[:, 0] / length**search.length_penalty
+    length = step
+    if rules.early_stopping == "never":  # how long the best one would come to the most
+        length = jnp.where(rules.length_penalty > 0, rules.max_new_tokens, step)
+    best_B = running.score_BW[:, 0] / length.astype(jnp.float32) ** rules.length_penalty
     return ~full_B | (best_B > jnp.min(ended.score_BW, axis=1))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxprompt.t5.beam import beam_search
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.decode import Generated
-from jaxprompt.t5.search import Search
+from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, go_on, result, start
 from jaxprompt.typing import Array, ArrayTree, Batch, PromptValues
 
@@ -17,10 +17,10 @@ def generate(
     batch: Batch,
     values: PromptValues,
     encoded_BSD: Array,
-    search: Search,
+    rules: Rules,
     draw: Draw | None = None,
 ) -> Generated:
-    """Answers of every example of a batch, found as `search` says.
+    """Answers of every example of a batch, found as `rules` says.
 
     Args:
       batch: one segment a row; its decoder fields hold the beginning (start token, decoder slots),
@@ -30,9 +30,9 @@ def generate(
       draw: for sampling, as `stepwise.start` takes it.
     Raises: ValueError if a row has several segments.
     """
-    given = (params, config, compute, batch, values, encoded_BSD, search)
-    if search.num_beams > 1:
+    given = (params, config, compute, batch, values, encoded_BSD, rules)
+    if rules.num_beams > 1:
         return beam_search(*given)
     halted = start(*given, draw)
-    longest = jnp.asarray(search.max_new_tokens, jnp.int32)
-    return result(config, go_on(params, config, compute, search, halted, longest))
+    longest = jnp.asarray(rules.max_new_tokens, jnp.int32)
+    return result(config, go_on(params, config, compute, rules, halted, longest))

@@ -1,4 +1,4 @@
-"""How an answer is searched for (`Search`), and what it does to the next token's logits.
+"""How an answer is searched for: `Search` for people, `Rules` for programs, logits by the rules.
 
 `t5.stepwise` (greedy, sampling) and `t5.beam` search; both are called through `generate.generate`.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprompt.typing import Array, UserError
 
@@ -17,7 +18,7 @@ NO_TOKEN = -1  # where a history holds none (yet)
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What is compiled into a search; the defaults are greedy.
+    """The options of a search; the defaults are greedy.
 
     Attributes:
       max_new_tokens: longest answer, the end token included.
@@ -56,7 +57,7 @@ class Search:
             _whole(name, getattr(self, name), 0)
         for name in ("length_penalty", "temperature", "top_p", "repetition_penalty"):
             _number(name, getattr(self, name))
-        if self.early_stopping not in (True, False, "never"):
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise UserError(
                 f"early_stopping is {self.early_stopping!r}; it has to be true, false or 'never'"
             )
@@ -72,13 +73,12 @@ class Search:
 
     def _check_together(self) -> None:
         if not self.samples:
-            for name, off in (("top_k", 0), ("top_p", 1.0)):
-                if getattr(self, name) != off:
-                    raise UserError(
-                        f"{name} is {getattr(self, name)}, but nothing is drawn at temperature 0; "
-                        "set temperature above 0"
-                    )
-        elif self.num_beams > 1:
+            why = "nothing is drawn at temperature 0; set temperature above 0"
+            self._check_off(why, top_k=0, top_p=1.0)
+        if self.num_beams == 1:
+            why = "there is no beam to rank or end with num_beams 1; set num_beams above 1"
+            self._check_off(why, length_penalty=1.0, early_stopping=False)
+        if self.samples and self.num_beams > 1:
             raise UserError(
                 f"temperature is {self.temperature} and num_beams {self.num_beams}; take one of "
                 "sampling and beam search"
@@ -89,10 +89,51 @@ class Search:
                 f"{self.num_beams}; without sampling there are no more answers than beams"
             )
 
+    def _check_off(self, why: str, **off: Any) -> None:
+        for name, value in off.items():
+            if getattr(self, name) != value:
+                raise UserError(f"{name} is {getattr(self, name)}, but {why}")
+
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return self.temperature > 0
+
+    @property
+    def rules(self) -> "Rules":
+        """The same for a compiled program."""
+        options: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        for name in ("length_penalty", "temperature"):
+            options[name] = np.float32(options[name])
+        for name in ("top_p", "repetition_penalty"):
+            options[name] = None if options[name] == 1 else np.float32(options[name])
+        return Rules(samples=self.samples, **options)
+
+
+_COMPILED_IN = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A `Search` as a compiled program takes it, the same program for every strength.
+
+    Attributes: those of `Search`. The strengths are float32 []; None = neither of the two is used.
+    """
+
+    max_new_tokens: int = dataclasses.field(metadata=_COMPILED_IN)
+    num_beams: int = dataclasses.field(metadata=_COMPILED_IN)
+    early_stopping: bool | str = dataclasses.field(metadata=_COMPILED_IN)
+    samples: bool = dataclasses.field(metadata=_COMPILED_IN)
+    top_k: int = dataclasses.field(metadata=_COMPILED_IN)
+    no_repeat_ngram_size: int = dataclasses.field(metadata=_COMPILED_IN)
+    num_return_sequences: int = dataclasses.field(metadata=_COMPILED_IN)
+    length_penalty: Array
+    temperature: Array
+    top_p: Array | None
+    repetition_penalty: Array | None
 
 
 def first_history(decoder_ids_BT: Array, decoder_slots_BT: Array, room: int) -> Array:
@@ -101,7 +142,7 @@ def first_history(decoder_ids_BT: Array, decoder_slots_BT: Array, room: int) -> 
     return jnp.pad(beginning_BT.astype(jnp.int32), ((0, 0), (0, room)), constant_values=NO_TOKEN)
 
 
-def controlled(search: Search, scores_BV: Array, history_BL: Array, filled: Array) -> Array:
+def controlled(rules: Rules, scores_BV: Array, history_BL: Array, filled: Array) -> Array:
     """Scores with repetition controlled, float32 [B, V].
 
     Args:
@@ -111,12 +152,12 @@ def controlled(search: Search, scores_BV: Array, history_BL: Array, filled: Arra
     Source: Keskar et al. 2019, section 4.1; transformers' `RepetitionPenaltyLogitsProcessor` and
       `NoRepeatNGramLogitsProcessor`.
     """
-    if search.repetition_penalty != 1.0:
-        penalty = search.repetition_penalty
+    penalty = rules.repetition_penalty
+    if penalty is not None:
         seen_BV = _marked(history_BL, history_BL >= 0, scores_BV.shape[1])
         penalised_BV = jnp.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
         scores_BV = jnp.where(seen_BV, penalised_BV, scores_BV)
-    size = search.no_repeat_ngram_size
+    size = rules.no_repeat_ngram_size
     if 0 < size <= history_BL.shape[1]:
         context = jax.lax.dynamic_slice_in_dim(history_BL, filled - (size - 1), size - 1, axis=1)
         starts = history_BL.shape[1] - size + 1
@@ -129,20 +170,20 @@ def controlled(search: Search, scores_BV: Array, history_BL: Array, filled: Arra
     return scores_BV
 
 
-def warped(search: Search, logits_BV: Array) -> Array:
+def warped(rules: Rules, logits_BV: Array) -> Array:
     """Logits to draw from: temperature, top_k, top_p, in this order; -inf for what is out.
 
     Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p).
     """
-    logits_BV = logits_BV / search.temperature
+    logits_BV = logits_BV / rules.temperature
     vocabulary = logits_BV.shape[1]
-    if 0 < search.top_k < vocabulary:
-        kth_B1 = jax.lax.top_k(logits_BV, search.top_k)[0][:, -1:]
+    if 0 < rules.top_k < vocabulary:
+        kth_B1 = jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if search.top_p < 1:
+    if rules.top_p is not None:
         falling_BV = -jnp.sort(-logits_BV, axis=-1)
         before_BV = jnp.cumsum(jax.nn.softmax(falling_BV), axis=-1) - jax.nn.softmax(falling_BV)
-        count_B1 = jnp.maximum(jnp.sum(before_BV < search.top_p, axis=-1, keepdims=True), 1)
+        count_B1 = jnp.maximum(jnp.sum(before_BV < rules.top_p, axis=-1, keepdims=True), 1)
         least_B1 = jnp.take_along_axis(falling_BV, count_B1 - 1, axis=-1)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.decode import Cache, Encoded, Generated, advance, begin
 from jaxprompt.t5.model import embed_tokens
-from jaxprompt.t5.search import Search, controlled, first_history, warped
+from jaxprompt.t5.search import Rules, controlled, first_history, warped
 from jaxprompt.typing import Array, ArrayTree, Batch, PromptValues
 
 
@@ -64,7 +64,7 @@ def start(
     batch: Batch,
     values: PromptValues,
     encoded_BSD: Array,
-    search: Search,
+    rules: Rules,
     draw: Draw | None = None,
 ) -> Halted:
     """Chooses the first token.
@@ -74,34 +74,34 @@ def start(
     Raises: ValueError if a row has several segments.
     """
     encoded, cache, logits_BV = begin(
-        params, config, compute, batch, values, encoded_BSD, max_new_tokens=search.max_new_tokens
+        params, config, compute, batch, values, encoded_BSD, max_new_tokens=rules.max_new_tokens
     )
-    times = search.num_return_sequences
-    history_BL = first_history(batch.decoder_ids_BT, batch.decoder_slots_BT, search.max_new_tokens)
+    times = rules.num_return_sequences
+    history_BL = first_history(batch.decoder_ids_BT, batch.decoder_slots_BT, rules.max_new_tokens)
     halted = Halted(
         encoded=encoded,
         cache=cache.repeated(times),
         step=jnp.zeros((), jnp.int32),
         history_BL=jnp.repeat(history_BL, times, axis=0),
-        gained_BT=jnp.zeros((len(history_BL) * times, search.max_new_tokens), jnp.float32),
+        gained_BT=jnp.zeros((len(history_BL) * times, rules.max_new_tokens), jnp.float32),
         ended_B=jnp.repeat(batch.example_index_BG[:, 0] < 0, times),
-        keys_B=_keys(draw, batch, times) if search.samples else None,
+        keys_B=_keys(draw, batch, times) if rules.samples else None,
     )
-    return _choose(config, search, halted, cache.repeated(times), jnp.repeat(logits_BV, times, 0))
+    return _choose(config, rules, halted, cache.repeated(times), jnp.repeat(logits_BV, times, 0))
 
 
 def go_on(
     params: ArrayTree,
     config: T5Config,
     compute: Compute,
-    search: Search,
+    rules: Rules,
     halted: Halted,
     until: Array,
 ) -> Halted:
     """Chooses tokens until every row has ended or there are `until`, int32 [], of them."""
-    beginning = halted.history_BL.shape[1] - search.max_new_tokens
+    beginning = halted.history_BL.shape[1] - rules.max_new_tokens
     encoded = halted.encoded
-    until = jnp.minimum(until, search.max_new_tokens)
+    until = jnp.minimum(until, rules.max_new_tokens)
 
     def unfinished(halted: Halted) -> Array:
         return (halted.step < until) & ~jnp.all(halted.ended_B)
@@ -112,7 +112,7 @@ def go_on(
         )
         embeds_B1D = embed_tokens(params, last_B1, compute)
         cache, logits_BV = advance(params, config, compute, encoded, halted.cache, embeds_B1D)
-        return _choose(config, search, halted, cache, logits_BV)
+        return _choose(config, rules, halted, cache, logits_BV)
 
     return jax.lax.while_loop(unfinished, step_on, halted)
 
@@ -125,15 +125,15 @@ def result(config: T5Config, halted: Halted) -> Generated:
 
 
 def _choose(
-    config: T5Config, search: Search, halted: Halted, cache: Cache, logits_BV: Array
+    config: T5Config, rules: Rules, halted: Halted, cache: Cache, logits_BV: Array
 ) -> Halted:
     """Takes the likeliest token, or draws one; ties go to the lowest id."""
-    rooms = halted.history_BL.shape[1] - search.max_new_tokens
+    rooms = halted.history_BL.shape[1] - rules.max_new_tokens
     at = rooms + halted.step
-    scores_BV = controlled(search, logits_BV, halted.history_BL, at)
+    scores_BV = controlled(rules, logits_BV, halted.history_BL, at)
     if halted.keys_B is not None:
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(halted.keys_B, halted.step)
-        token_B = jax.vmap(jax.random.categorical)(keys_B, warped(search, scores_BV))
+        token_B = jax.vmap(jax.random.categorical)(keys_B, warped(rules, scores_BV))
     else:
         token_B = jnp.argmax(scores_BV, axis=-1)
     token_B = jnp.where(halted.ended_B, config.pad_id, token_B).astype(jnp.int32)
