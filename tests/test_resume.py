@@ -132,7 +132,7 @@ def test_sigterm_saves_exits_0_and_the_same_command_ends_the_run(
     step, _, metadata = saved_state(run)
     assert 4 <= step < 30 and losses(run) == losses(unbroken)[:step]
     assert f"SIGTERM: stopped and saved at step {step}; the same command goes on" in stderr
-    assert not metadata["progress"]["finished"]
+    assert not metadata["progress"][0]["finished"]
     last = stderr.splitlines()[-1]
     assert last.split() == ["jaxprompt", *argv]
 
