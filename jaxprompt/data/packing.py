@@ -182,7 +182,7 @@ class PackShape:
     max_segments: int
 
 
-FULL = 0.95  # the least share of positions used that `fitted_rows` is content with
+FULL = 0.955  # the least share of positions used that `fitted_rows` is content with
 
 
 def fitted_rows(
