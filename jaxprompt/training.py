@@ -140,6 +140,7 @@ def train_together(
         [_batches(one, mesh.shape["data"]) for one in trainees],
         [one.options for one in trainees],
         backbone.tokenizer.pad_id,
+        max(1, mesh.shape["data"] // jax.process_count()) * shared.train.accumulate,
     )
 
     # ---- evaluation and what is kept ---------------------------------------------------------
@@ -267,7 +268,7 @@ def _batches(one: Trainee, devices: int) -> TrainBatches:
         one.encoder,
         one.source,
         seed=one.config.seed,
-        row_multiple=devices * one.config.train.accumulate,
+        row_multiple=one.config.data.row_multiple or devices * one.config.train.accumulate,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -136,8 +136,15 @@ def test_processes_share_every_batch():
     for _ in range(6):
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(next, parts))
         assert same(joined, next(whole))
-    with pytest.raises(UserError, match="batch_size 3 cannot be shared by 2 processes"):
-        stream_of([(1, 1)], process_count=2)
+
+
+def test_rows_that_processes_cannot_share_evenly_leave_empty_ones_in_the_last():
+    sizes = [(3, 1), (1, 2), (9, 5)]
+    whole = next(stream_of(sizes, batch_size=3))
+    parts = [next(stream_of(sizes, batch_size=3, process_index=i, process_count=2)) for i in (0, 1)]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    assert same(jax.tree.map(lambda leaf: leaf[:3], joined), whole)
+    assert joined.example_index_BG[3].tolist() == [-1]
 
 
 def test_the_thread_gives_the_same_batches_passes_errors_on_and_goes_away():

@@ -35,6 +35,9 @@ class DataConfig:
       packing: several examples stand in a row, so that few positions are padding; batch_size is
         then how many examples a batch has on average.
       pack_length: positions of a packed row; 0 = chosen to fill rows to 95 % of a sample.
+      row_multiple: packed rows of a batch are a multiple of it; 0 = of the devices along
+        `mesh.data` times `train.accumulate`, so that none is empty. Runs with the same number have
+        the same batches on any mesh.
       shuffle: whether training rows come in random order.
       window_batches: about so many batches are sorted by length together.
       prefetch: batches made ahead in a thread; 0 = none.
@@ -49,12 +52,14 @@ class DataConfig:
     bucket_multiple: int = 16
     packing: bool = True
     pack_length: int = 0
+    row_multiple: int = 0
     shuffle: bool = True
     window_batches: int = 16
     prefetch: int = 4
 
     def __post_init__(self):
-        smallest = {"prefetch": 0, "pack_length": 0, "max_input_length": 2, "max_target_length": 2}
+        smallest = {"max_input_length": 2, "max_target_length": 2}
+        smallest |= dict.fromkeys(("prefetch", "pack_length", "row_multiple"), 0)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < smallest.get(field.name, 1):

@@ -42,7 +42,7 @@ class TrainBatches:
 
         Args:
           seed: of the order; batches are a function of encoder, source, seed and row_multiple.
-          row_multiple: packed rows of a batch are a multiple of it: devices, microbatches.
+          row_multiple: packed rows of a batch are a multiple of it.
           process_index, process_count: this process's share of every batch's rows.
         """
         config = encoder.config
@@ -67,6 +67,7 @@ class TrainBatches:
             process_index=process_index,
             process_count=process_count,
         )
+        self._options = options
         self._stream = BatchStream(self._draw, options, config.prefetch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -77,10 +78,14 @@ class TrainBatches:
 
     def get_state(self) -> State:
         """JSON-ready position after the batch last given out."""
-        return {**self._stream.get_state(), "rows": self.example_count}
+        return {
+            **self._stream.get_state(),
+            "rows": self.example_count,
+            "shapes": self.shapes.to_state(),
+        }
 
     def set_state(self, state: State) -> None:
-        """Continues from what `get_state` gave.
+        """Continues from what `get_state` gave, with the shapes of then, whatever devices are here.
 
         Raises: UserError if the source has not the number of rows it had then.
         """
@@ -89,7 +94,14 @@ class TrainBatches:
                 f"the training data has {self.example_count} rows, the run was started with"
                 f" {state['rows']}; bring the data back or start a new run"
             )
-        self._stream.set_state({key: state[key] for key in state if key != "rows"})
+        shapes = Shapes.from_state(state["shapes"])
+        if shapes != self.shapes:
+            self.close()
+            self.shapes = shapes
+            self._options = dataclasses.replace(self._options, shapes=shapes)
+            self._stream = BatchStream(self._draw, self._options, self._encoder.config.prefetch)
+        own = {key: state[key] for key in state if key not in ("rows", "shapes")}
+        self._stream.set_state(own)
 
     def close(self) -> None:
         """Stops the thread that works ahead."""

@@ -40,19 +40,26 @@ class SideBySide:
       shape_counts: shapes of a step's parts -> steps that had them.
     """
 
-    def __init__(self, streams: Sequence[TrainBatches], kinds: Sequence[Hashable], pad_id: int = 0):
+    def __init__(
+        self,
+        streams: Sequence[TrainBatches],
+        kinds: Sequence[Hashable],
+        pad_id: int = 0,
+        row_multiple: int = 1,
+    ):
         """
         Args:
           streams: of each prompt, at their first batch.
           kinds: of each prompt; parts of one kind are computed in the same way.
           pad_id: of all their tokens.
+          row_multiple: a part gets empty rows up to a multiple of it: devices, microbatches.
         """
         self.streams = list(streams)
         self.shape_counts: Counter[tuple[tuple[int, ...], ...]] = Counter()
         groups: dict[Any, _Group] = {}
         for prompt, (stream, kind) in enumerate(zip(streams, kinds, strict=True)):
             like = (kind, dataclasses.replace(stream.shapes, roomy=None))
-            groups.setdefault(like, _Group(kind, pad_id)).prompts.append(prompt)
+            groups.setdefault(like, _Group(kind, pad_id, row_multiple)).prompts.append(prompt)
         self._groups = list(groups.values())
         for group in self._groups:
             group.places = len(group.prompts)
@@ -91,8 +98,8 @@ class SideBySide:
 class _Group:
     """The prompts of one kind whose rows are alike."""
 
-    def __init__(self, kind: Any, pad_id: int):
-        self.kind, self.pad_id = kind, pad_id
+    def __init__(self, kind: Any, pad_id: int, row_multiple: int):
+        self.kind, self.pad_id, self.row_multiple = kind, pad_id, row_multiple
         self.prompts: list[int] = []
         self.places = 0
 
@@ -104,8 +111,12 @@ class _Group:
             length = batch.encoder_ids_BS.shape[1]
             is_usual = stream.shapes.roomy is None or length == stream.shapes.input_buckets[-1]
             (usual if is_usual else alone).append(batch)
-        joined = [_joined(usual, self.places, self.pad_id)] if usual else []
-        return [Part(self.kind, batch) for batch in joined + alone]
+        wholes = [(usual, self.places)] if usual else []
+        wholes += [([batch], 1) for batch in alone]
+        return [
+            Part(self.kind, _joined(batches, places, self.pad_id, self.row_multiple))
+            for batches, places in wholes
+        ]
 
     def drop(self, prompt: int) -> None:
         if prompt in self.prompts:
@@ -118,13 +129,14 @@ def _of_prompt(batch: Batch, prompt: int) -> Batch:
     return dataclasses.replace(batch, prompt_index_BG=np.full_like(batch.prompt_index_BG, prompt))
 
 
-def _joined(batches: Sequence[Batch], places: int, pad_id: int) -> Batch:
+def _joined(batches: Sequence[Batch], places: int, pad_id: int, row_multiple: int) -> Batch:
     """The rows of batches below each other, padded to the longest, in so many batches' places."""
+    rows = len(batches[0].targets_BT) * places
+    rows += -rows % row_multiple
     arrays = {}
     for field in dataclasses.fields(Batch):
         parts = [np.asarray(getattr(batch, field.name)) for batch in batches]
         fill = pad_id if field.name in _TOKENS else -1 if field.name in _NONE else 0
-        rows = sum(len(part) for part in parts) // len(parts) * places
         whole = np.full((rows, max(part.shape[1] for part in parts)), fill, parts[0].dtype)
         at = 0
         for part in parts:

@@ -59,6 +59,17 @@ class Shapes:
     max_segments: int = 1
     roomy: "Shapes | None" = None
 
+    def to_state(self) -> "State":
+        """JSON-ready; `from_state` makes it again."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_state(cls, state: "State") -> "Shapes":
+        """Inverse of `to_state`, after a way through JSON."""
+        lists = {key: tuple(state[key]) for key in ("input_buckets", "target_buckets")}
+        roomy = state["roomy"] and cls.from_state(state["roomy"])
+        return cls(**{**state, **lists, "roomy": roomy})
+
     def rows_of(self, sizes: np.ndarray) -> list[tuple["Shapes", list[Indices]]]:
         """Which examples share a row, by their sizes as `packing.sizes_of` gives them.
 
@@ -122,25 +133,21 @@ class StreamOptions:
     process_index: int = 0
     process_count: int = 1
 
-    def __post_init__(self) -> None:
-        for shapes in filter(None, (self.shapes, self.shapes.roomy)):
-            if shapes.batch_size % self.process_count:
-                raise UserError(
-                    f"batch_size {shapes.batch_size} cannot be shared by {self.process_count}"
-                    " processes; make it a multiple of their number"
-                )
-
     def own(self, shapes: Shapes, rows: Sequence[Row]) -> Sequence[Row]:
-        """This process's share of a batch's rows."""
-        share = shapes.batch_size // self.process_count
+        """This process's share of a batch's rows; the last processes may have fewer, or none."""
+        share = self.share(shapes)
         return rows[self.process_index * share : (self.process_index + 1) * share]
+
+    def share(self, shapes: Shapes) -> int:
+        """Rows of a batch in each process, empty ones included."""
+        return -(-shapes.batch_size // self.process_count)
 
     def batch(self, shapes: Shapes, rows: Sequence[Row]) -> Batch:
         """This process's share of a batch, in the shape that the whole batch needs."""
         input_length, target_length = shapes.of_rows(rows)
         return batch_of_rows(
             self.own(shapes, rows),
-            batch_size=shapes.batch_size // self.process_count,
+            batch_size=self.share(shapes),
             input_length=input_length,
             target_length=target_length,
             max_segments=shapes.max_segments,

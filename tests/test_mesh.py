@@ -1,0 +1,84 @@
+"""Runs on simulated devices, in every mesh shape: the same losses and prompts as on one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from run_fixtures import World, compiled, losses, make_world, records, run_mapping, write_backbone
+
+from jaxprompt.artifact import load_artifact
+from jaxprompt.sweep import sweep
+from jaxprompt.sweep_config import load_sweep
+from jaxprompt.typing import UserError
+
+__all__ = ["compiled"]  # fixture
+
+OPTIONS = [
+    "train.steps=4", "train.eval_every=4", "train.save_every=2", "data.row_multiple=4",
+    "sweep={seed: [0, 1], method.length: [3, 4]}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A backbone whose heads, vocabulary and MLP divide by 8."""
+    root = tmp_path_factory.mktemp("world")
+    made = make_world(root, root)
+    write_backbone(root / "backbone", num_heads=8, d_kv=3)
+    made.config.write_text(yaml.safe_dump(run_mapping(root)), encoding="utf-8")
+    return made
+
+
+def run(world: World, directory: Path, data: int, model: int, *options: str) -> Path:
+    mesh = [f"mesh.data={data}", f"mesh.model={model}"]
+    sweep(load_sweep(world.config, [f"output_dir={directory}", *mesh, *OPTIONS, *options]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def on_one(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(world, tmp_path_factory.mktemp("runs") / "one", 1, 1)
+
+
+def assert_same(left: Path, right: Path) -> None:
+    members = sorted(path.name for path in (right / "prompts").iterdir())
+    assert len(members) == 4
+    for name in members:
+        ours, theirs = left / "prompts" / name, right / "prompts" / name
+        np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
+        np.testing.assert_allclose(
+            load_artifact(ours / "prompt").values["prompt"],
+            load_artifact(theirs / "prompt").values["prompt"],
+            atol=1e-5,
+        )
+        norms = [[r["grad_norm"] for r in records(x) if "grad_norm" in r] for x in (ours, theirs)]
+        np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+SHAPES = [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4), (1, 8)]
+
+
+@pytest.mark.parametrize(("data", "model"), SHAPES)
+def test_every_mesh_trains_what_one_device_trains(
+    world: World, on_one: Path, tmp_path: Path, data: int, model: int
+):
+    assert_same(run(world, tmp_path / "run", data, model), on_one)
+
+
+def test_a_run_goes_on_with_its_rows_on_another_mesh(world: World, tmp_path: Path):
+    """Rows made for four devices, then taken up by one and by eight."""
+    free = ["data.row_multiple=0", "sweep={seed: [0, 1], method.length: [3, 4]}"]
+    whole = run(world, tmp_path / "whole", 4, 1, *free)
+    broken = run(world, tmp_path / "broken", 4, 1, *free, "train.steps=2")
+    run(world, broken, 1, 1, *free, "train.steps=3")
+    run(world, broken, 8, 1, *free)
+    assert_same(broken, whole)
+
+
+def test_heads_that_do_not_divide_are_refused_with_sizes_that_would(world: World, tmp_path: Path):
+    write_backbone(world.root / "six", num_heads=6)
+    with pytest.raises(
+        UserError, match=r"axis 'heads' of size 6 .* model sizes that would: \[1, 2, 3\]"
+    ):
+        run(world, tmp_path / "run", 1, 4, f"backbone.name={world.root / 'six'}")
