@@ -59,6 +59,7 @@ def load_backbone(
     dtype: str = "float32",
     revision: str | None = None,
     mesh: Mesh | None = None,
+    weights_over_data: bool = False,
     compute: Compute | None = None,
     param_dtype: str | None = None,
 ) -> Backbone:
@@ -68,14 +69,15 @@ def load_backbone(
       name: "jaxprompt-mini", a directory with a `config.json`, or a hub name.
       dtype: of weights and activations; ignored if `compute` is given.
       revision: of a hub name.
-      mesh: shards the parameters by their logical axes.
+      mesh: shards the parameters, and activations, by their logical axes.
+      weights_over_data: divide the parameters over the mesh's `data` as well.
       compute: everything about how it runs.
       param_dtype: of the parameters in memory; None = the compute dtype, which is what a frozen
         backbone wants (trained ones are kept in float32).
     Raises: UserError for a name that cannot be found, files that do not fit each other, or a
       tokenizer with more tokens than the embedding table has rows.
     """
-    compute = compute or Compute(dtype=dtype)
+    compute = dataclasses.replace(compute or Compute(dtype=dtype), mesh=mesh)
     directory = resolve_backbone(name, revision)
     config = read_config(directory)
     tokenizer = load_tokenizer(directory)
@@ -84,7 +86,9 @@ def load_backbone(
             f"{directory}: the tokenizer has {tokenizer.size} tokens, the backbone's embedding "
             f"table {config.vocab_size} rows; they do not belong together"
         )
-    shardings = None if mesh is None else tree_shardings(mesh, param_specs(config))
+    shardings = (
+        None if mesh is None else tree_shardings(mesh, param_specs(config), weights_over_data)
+    )
     params = load_params(directory, config, dtype=param_dtype or compute.dtype, shardings=shardings)
     identity = fingerprint(directory, config)
     return Backbone(name, directory, identity, config, compute, params, tokenizer)

@@ -74,10 +74,13 @@ class MeshConfig:
     Attributes:
       data: groups of devices that see different rows; -1 = as many as there are.
       model: devices that share one copy of the backbone.
+      weights_over_data: divide the backbone's weights over `data` as well: less memory, more
+        communication.
     """
 
     data: int = -1
     model: int = 1
+    weights_over_data: bool = False
 
     def __post_init__(self):
         for name in ("data", "model"):

@@ -3,6 +3,7 @@
 from flax import nnx
 
 from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
+from jaxprompt.sharding import constrain
 from jaxprompt.t5 import model as t5
 from jaxprompt.t5 import stepwise
 from jaxprompt.t5.decode import Generated
@@ -101,5 +102,7 @@ class PromptedT5(nnx.Module):
         return halted, stepwise.result(backbone.config, halted)
 
     def logits(self, hidden: Array) -> Array:
-        """Final decoder states [..., D] -> float32 [..., V]."""
-        return t5.logits(self.backbone.tree(), self.backbone.config, hidden)
+        """Final decoder states [B, T, D] -> float32 [B, T, V]."""
+        backbone = self.backbone
+        found = t5.logits(backbone.tree(), backbone.config, hidden)
+        return constrain(backbone.compute.mesh, found, "batch", "length", "vocab")

@@ -3,14 +3,14 @@
 A parameter or activation with an axis that has no rule is an error, never a silent replication.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprompt.typing import ArrayTree, UserError
+from jaxprompt.typing import Array, ArrayTree, UserError
 
 RULES: dict[str, str | None] = {
     "batch": "data",
@@ -25,6 +25,10 @@ RULES: dict[str, str | None] = {
     "buckets": None,
     "segments": None,
 }
+
+
+# Where weights are divided over `data` too, each device holds a part and gets the rest in passing.
+WEIGHTS_OVER_DATA: dict[str, str | None] = {**RULES, "embed": "data"}
 
 
 def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -47,27 +51,32 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = Non
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+def partition_spec(axes: Sequence[str], rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
     """Maps logical axis names to a PartitionSpec.
 
     Raises: UserError for an axis without a rule, or two axes on one mesh axis.
     """
-    unknown = [axis for axis in axes if axis not in RULES]
+    unknown = [axis for axis in axes if axis not in rules]
     if unknown:
-        raise UserError(f"no sharding rule for axis {unknown[0]!r}; rules: {', '.join(RULES)}")
-    mapped = [RULES[axis] for axis in axes]
+        raise UserError(f"no sharding rule for axis {unknown[0]!r}; rules: {', '.join(rules)}")
+    mapped = [rules[axis] for axis in axes]
     used = [name for name in mapped if name is not None]
     if len(used) != len(set(used)):
         raise UserError(f"axes {tuple(axes)} would use a mesh axis twice: {tuple(mapped)}")
     return PartitionSpec(*mapped)
 
 
-def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+def named_sharding(
+    mesh: Mesh,
+    axes: Sequence[str],
+    shape: Sequence[int],
+    rules: Mapping[str, str | None] = RULES,
+) -> NamedSharding:
     """The sharding of an array with these logical axes and sizes on `mesh`.
 
     Raises: UserError if a sharded size does not divide, naming the sizes that would.
     """
-    spec = partition_spec(axes)
+    spec = partition_spec(axes, rules)
     for axis, size, name in zip(axes, shape, spec, strict=True):
         if name is not None and size % mesh.shape[name]:
             fitting = [n for n in range(1, mesh.shape[name] + 1) if size % n == 0]
@@ -78,13 +87,25 @@ def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> Nam
     return NamedSharding(mesh, spec)
 
 
-def tree_shardings(mesh: Mesh, specs: ArrayTree) -> ArrayTree:
-    """Shardings for a tree of objects with `.axes` and `.shape` (see `t5.layers.ParamSpec`)."""
+def tree_shardings(mesh: Mesh, specs: ArrayTree, over_data: bool = False) -> ArrayTree:
+    """Shardings for a tree of objects with `.axes` and `.shape` (see `t5.layers.ParamSpec`).
+
+    Args:
+      over_data: divide them over `data` too, by `WEIGHTS_OVER_DATA`.
+    """
+    rules = WEIGHTS_OVER_DATA if over_data else RULES
     return jax.tree.map(
-        lambda spec: named_sharding(mesh, spec.axes, spec.shape),
+        lambda spec: named_sharding(mesh, spec.axes, spec.shape, rules),
         specs,
         is_leaf=lambda leaf: hasattr(leaf, "axes"),
     )
+
+
+def constrain(mesh: Mesh | None, x: Array, *axes: str) -> Array:
+    """An activation laid out by its logical axes; as it is without a mesh or with one device."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))
 
 
 def shard_batch(mesh: Mesh, batch: ArrayTree, axis: int = 0) -> ArrayTree:

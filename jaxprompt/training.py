@@ -126,6 +126,7 @@ def train_together(
         shared.backbone.name,
         revision=shared.backbone.revision,
         mesh=mesh,
+        weights_over_data=shared.mesh.weights_over_data,
         compute=shared.backbone.compute(),
         param_dtype="float32" if shared.tune == "model" else None,
     )

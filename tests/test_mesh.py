@@ -7,9 +7,13 @@ import pytest
 import yaml
 from run_fixtures import World, compiled, losses, make_world, records, run_mapping, write_backbone
 
+from jaxprompt import trees
 from jaxprompt.artifact import load_artifact
+from jaxprompt.backbone import load_backbone
+from jaxprompt.sharding import make_mesh
 from jaxprompt.sweep import sweep
 from jaxprompt.sweep_config import load_sweep
+from jaxprompt.t5.layers import param_specs
 from jaxprompt.typing import UserError
 
 __all__ = ["compiled"]  # fixture
@@ -64,6 +68,22 @@ def test_every_mesh_trains_what_one_device_trains(
     world: World, on_one: Path, tmp_path: Path, data: int, model: int
 ):
     assert_same(run(world, tmp_path / "run", data, model), on_one)
+
+
+@pytest.mark.parametrize(("data", "model"), [(4, 1), (2, 4)])
+def test_weights_divided_over_data_train_the_same(
+    world: World, on_one: Path, tmp_path: Path, data: int, model: int
+):
+    over = "mesh.weights_over_data=true"
+    assert_same(run(world, tmp_path / "run", data, model, over), on_one)
+    backbone = load_backbone(
+        str(world.root / "backbone"), mesh=make_mesh(data, model), weights_over_data=True
+    )
+    specs = trees.flatten(param_specs(backbone.config))
+    for path, leaf in trees.flatten(backbone.params).items():
+        parts = data if "embed" in specs[path].axes else 1
+        parts *= model if {"heads", "mlp", "vocab"} & {*specs[path].axes} else 1
+        assert leaf.addressable_shards[0].data.size * parts == leaf.size, path
 
 
 def test_a_run_goes_on_with_its_rows_on_another_mesh(world: World, tmp_path: Path):

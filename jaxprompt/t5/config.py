@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxprompt.typing import UserError
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
@@ -164,12 +166,15 @@ class Compute:
       attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and
         computes them again in the backward pass, so that memory is linear in the row's length;
         "auto" takes what suits the row's length and the platform (`t5.paths.choose`).
+      mesh: lays activations out over its devices, see `sharding.constrain`; None = they lie where
+        the arguments lie.
     """
 
     dtype: str = "float32"
     scan_unroll: int = 0
     remat: str = "none"
     attention: str = "auto"
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         if self.attention not in ATTENTION_PATHS:

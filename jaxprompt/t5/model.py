@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxprompt.sharding import constrain
 from jaxprompt.t5.attention import (
     attend,
     project,
@@ -312,6 +313,11 @@ def _mlp_block(p: ArrayTree, config: T5Config, x: Array, rate: float, keys: tupl
 
 def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout_key):
     """Scans `layer` over stacked parameters, prefixes and dropout keys."""
+
+    def laid_out(x: Array, scanned: tuple) -> tuple[Array, None]:
+        x, _ = layer(constrain(compute.mesh, x, "batch", "length", "embed"), scanned)
+        return constrain(compute.mesh, x, "batch", "length", "embed"), None
+
     keys = None
     if dropout_rate and dropout_key is not None:
         folded = fold_key(dropout_key, 0)
@@ -322,12 +328,14 @@ def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout
         is_leaf=lambda leaf: isinstance(leaf, KeysValues),
     )
     if compute.remat == "full":
-        layer = jax.checkpoint(layer)
+        laid_out = jax.checkpoint(laid_out)
     elif compute.remat == "dots":
-        layer = jax.checkpoint(
-            layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        laid_out = jax.checkpoint(
+            laid_out, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         )
-    x, _ = jax.lax.scan(layer, x, (layers, prefixes, keys), unroll=layers_unrolled(compute, count))
+    x, _ = jax.lax.scan(
+        laid_out, x, (layers, prefixes, keys), unroll=layers_unrolled(compute, count)
+    )
     return x
 
 
