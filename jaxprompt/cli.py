@@ -168,9 +168,14 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where answers are generated")
-    numbers = (
+    early = (
+        "beams: end with N answers (true), when no better one is in sight (false, the default), "
+        "when none is possible (never)"
+    )
+    options = (
         ("--num-beams", int, 1, "N", "width of a beam search (1 = none)"),
         ("--length-penalty", float, 1.0, "X", "beams: log-probability / length ** X (1.0)"),
+        ("--early-stopping", _early_stopping, False, "true|false|never", early),
         ("--temperature", float, 0.0, "X", "above 0 draws tokens at random (0 = the likeliest)"),
         ("--top-k", int, 0, "K", "draw from the K likeliest tokens (0 = from all)"),
         ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P (1.0 = all)"),
@@ -179,16 +184,8 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         ("--num-return-sequences", int, 1, "N", "answers for each input, in `predict` (1)"),
         ("--seed", int, 0, "N", "of drawing at random (0)"),
     )
-    for name, kind, default, letter, text in numbers:
+    for name, kind, default, letter, text in options:
         group.add_argument(name, type=kind, default=default, metavar=letter, help=text)
-    group.add_argument(
-        "--early-stopping",
-        type=_early_stopping,
-        default=False,
-        metavar="true|false|never",
-        help="beams: stop at the first N ended answers (true), when the best running one is worse "
-        "than they are (false, the default), or when it will be at any length (never)",
-    )
     group.add_argument(
         "--stop",
         action="append",

@@ -160,7 +160,7 @@ class Compute:
       dtype: of weights and activations ("float32", "bfloat16"); norms, softmax and logits are
         float32 always.
       scan_unroll: layers per scan iteration; 0 = all of them on CPU without remat, 1 elsewhere
-        (compile time).
+        (compile time) and where a decoder generates.
       remat: what the backward pass recomputes: "none", "full" (everything but layer inputs) or
         "dots" (matmul results without batch dimensions are kept).
       attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and

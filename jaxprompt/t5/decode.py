@@ -16,7 +16,6 @@ from jaxprompt.t5.model import (
     cross_projections,
     decoder_layer,
     embed_tokens,
-    layers_unrolled,
     logits,
     self_projections,
 )
@@ -183,11 +182,12 @@ def advance(
         return (x_BTD, keys_NBSHK, values_NBSHK), None
 
     layers = config.num_decoder_layers
+    # on CPU too the layers of a step are a loop: unrolled, each is copied out of the stack first
     (x_BTD, keys, values), _ = jax.lax.scan(
         layer,
         (embeds_BTD, cache.keys, cache.values),
         (jnp.arange(layers), stack["layers"], encoded.keys, encoded.values),
-        unroll=layers_unrolled(compute, layers),
+        unroll=min(compute.scan_unroll or 1, layers),
     )
     x_BD = rms_norm(stack["decoder_norm"]["scale"], x_BTD[:, -1], config.layer_norm_epsilon)
     cache = Cache(keys, values, cache.prefix_mask_BP, cache.position + length)
