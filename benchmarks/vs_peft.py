@@ -27,6 +27,7 @@ from transformers import T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import Shapes, machine, make_step, random_batch, size_config, spread, table
+from jaxprompt import allocator
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.weights import load_params
 from jaxprompt.typing import Batch
@@ -172,14 +173,19 @@ def main() -> None:
     for field in dataclasses.fields(Shapes):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument(
+        "--keep-pages", action="store_true", help="as commands do on CPU, in both frameworks"
+    )
     args = parser.parse_args()
+    kept = args.keep_pages and allocator.keep_pages()  # before either has threads
     shapes = Shapes(args.rows, args.tokens, args.slots, args.targets)
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(f"{machine()} · torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(
         f"{shapes.rows} rows x ({shapes.slots} slots + {shapes.tokens} tokens), {shapes.targets} "
-        f"targets; prompt tuning with AdamW, random T5 1.1, {args.pairs} pairs\n"
+        f"targets; prompt tuning with AdamW, random T5 1.1, {args.pairs} pairs, "
+        f"freed pages {'kept' if kept else 'given back'}\n"
     )
     rows = [row for size in args.sizes for row in compare(size, shapes, args.pairs)]
     head = [

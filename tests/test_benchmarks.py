@@ -11,7 +11,7 @@ from jaxprs import matmul_flops
 from tiny_backbone import make_rows, write_rows
 from tiny_tokenizer import tiny_tokenizer
 
-from benchmarks import packing
+from benchmarks import packing, pages
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
 from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
 from jaxprompt import steps, trees
@@ -95,3 +95,9 @@ def test_ways_of_padding_count_the_same_text(tmp_path):
     assert costs["fixed"].gflop == pytest.approx(
         minimal_step_flops(tiny.CONFIG, 8, 63, 2) / 8e9, rel=0.3
     )
+
+
+def test_the_rows_of_the_page_benchmark_are_read():
+    assert pages.parse("mini:32x96+20") == ("mini", Shapes(rows=32, tokens=96, slots=20))
+    with pytest.raises(ValueError, match="ROWSxTOKENS"):
+        pages.parse("small:8x128")

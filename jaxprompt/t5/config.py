@@ -9,7 +9,7 @@ from jaxprompt.typing import UserError
 MODEL_TYPES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 REMAT_POLICIES = ("none", "full", "dots")
-ATTENTION_PATHS = ("auto", "plain", "chunked")
+ATTENTION_PATHS = ("auto", "plain", "chunked", "windowed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +162,9 @@ class Compute:
       remat: what the backward pass recomputes: "none", "full" (everything but layer inputs) or
         "dots" (matmul results without batch dimensions are kept).
       attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and
-        computes them again in the backward pass, so that memory is linear in the row's length;
-        "auto" takes what suits the row's length and the platform (`t5.paths.choose`).
+        computes them again in the backward pass, so that memory is linear in the row's length,
+        "windowed" those of some queries and only the keys that their segments span; "auto" takes
+        what suits the rows and the platform (`t5.paths.choose`).
     """
 
     dtype: str = "float32"

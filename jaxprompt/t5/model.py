@@ -18,7 +18,8 @@ from jaxprompt.t5.attention import (
 )
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import ParamSpec, dropout, mlp, param_specs, place_slots, rms_norm
-from jaxprompt.t5.paths import Path, Sight, choose
+from jaxprompt.t5.paths import Path, choose
+from jaxprompt.t5.sight import Sight
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
 
@@ -337,7 +338,7 @@ def _path(
     """How a stack's attention is computed, with the keys of its trained prefixes in sight."""
     if prefix is not None:
         sight = sight.behind_prefix(prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP)
-    return choose(compute.attention, sight)
+    return choose(compute.attention, sight, prompt_index_BG.shape[1])
 
 
 def _shared_bias(config: T5Config, path: Path, stack: ArrayTree) -> Array | None:
