@@ -214,10 +214,12 @@ def full_rows(size: str, shapes: Shapes, prompts: int) -> Work:
     return Work(name, [batch], [batch], shapes.slots, prompts)
 
 
-def real_rows(place: str, vocabulary: str, slots: int, batch_size: int, batches: int) -> Work:
-    """The first training examples of a task: packed here, padded to the longest there."""
+def real_rows(
+    place: str, vocabulary: str, split: str, slots: int, batch_size: int, batches: int
+) -> Work:
+    """The first examples of a task: packed here, padded to the longest there."""
     task, tokenizer = task_of(place), load_tokenizer(vocabulary)
-    options = Options("train", batch_size, 512, slots)
+    options = Options(split, batch_size, 512, slots)
     packed = batches_of("packed", task, tokenizer, options)
     longest = batches_of("longest", task, tokenizer, options)
     theirs = list(itertools.islice(longest, batches))
@@ -247,6 +249,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1, help="trained at once")
     parser.add_argument("--data", nargs="+", default=[], metavar="TASK=DIR")
     parser.add_argument("--vocabulary", help="directory of a T5 tokenizer, for --data")
+    parser.add_argument("--split", default="validation", help="of the tasks of --data")
     parser.add_argument("--batches", type=int, default=2, help="of each task, a turn")
     parser.add_argument(
         "--keep-pages", action="store_true", help="as commands do on CPU, in both frameworks"
@@ -265,7 +268,7 @@ def main() -> None:
     rows = []
     for size in args.sizes:
         works = [
-            real_rows(place, args.vocabulary, shapes.slots, shapes.rows, args.batches)
+            real_rows(place, args.vocabulary, args.split, shapes.slots, shapes.rows, args.batches)
             for place in args.data
         ] or [full_rows(size, shapes, args.prompts)]
         rows += [row for work in works for row in compare(size, work, args.pairs)]
