@@ -15,7 +15,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # docs/design.md draws this, ground floor first. A file of a folder stands on the folder's floor.
 HOUSE = [
     ["typing"],
-    ["files", "logging", "losses", "metrics", "plots", "schema", "sharding", "tensorfile", "trees"],
+    [
+        "arraystore",
+        "files",
+        "logging",
+        "losses",
+        "metrics",
+        "plots",
+        "schema",
+        "sharding",
+        "tensorfile",
+        "trees",
+    ],
     ["prompts", "t5"],
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
@@ -34,7 +45,10 @@ HOUSE = [
     ],
     [
         "api",
+        "arguments",
+        "convert",
         "evaluate",
+        "importing",
         "inspection",
         "listing",
         "plan",
@@ -50,7 +64,9 @@ HOUSE = [
 FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Neighbours on one floor that may see each other, and rooms that may not although floors allow it.
 NEIGHBOURS = {
+    ("arraystore", "tensorfile"),
     ("backbone", "artifact"),
+    ("interop", "artifact"),
     ("answerer", "generation"),
     ("config", "loop"),
     ("inference", "generation"),
@@ -71,6 +87,7 @@ DOORS = {
     "orbax": {"checkpoint.py"},
     "transformers": {"data/tokenizer.py"},
     "safetensors": {"tensorfile.py"},
+    "tensorstore": {"arraystore.py"},
 }
 FORBIDDEN = ("nnx.jit", "nnx.Optimizer", "nnx.DiffState", "jax._src", "pickle")
 NEVER_IMPORTED = ("tensorflow", "torch")

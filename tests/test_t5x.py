@@ -1,0 +1,278 @@
+"""T5X and Orbax checkpoints: every layout gives our parameters and our answers, or one sentence."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from t5x_writer import Flat, scanned_tree, t5x_tree, write_old_orbax, write_orbax, write_t5x
+from tiny import make_params
+
+from jaxprompt import cli
+from jaxprompt.arraystore import ArrayStore
+from jaxprompt.sharding import make_mesh, tree_shardings
+from jaxprompt.t5.backbones import fingerprint, read_config
+from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.layers import param_specs
+from jaxprompt.t5.t5x import open_t5x
+from jaxprompt.t5.t5x_config import derive_config
+from jaxprompt.t5.weight_files import open_weights
+from jaxprompt.t5.weights import load_params, save_hf
+from jaxprompt.tensorfile import StoredTensor
+from jaxprompt.trees import flatten
+from jaxprompt.typing import UserError
+
+CONFIG = T5Config(
+    vocab_size=23, d_model=12, d_kv=5, d_ff=16, num_layers=3, num_decoder_layers=2, num_heads=4,
+    relative_attention_num_buckets=8,
+)  # fmt: skip
+SQUARE = dataclasses.replace(CONFIG, d_kv=3)  # heads x head size = d_model
+TIED = dataclasses.replace(
+    CONFIG, tie_word_embeddings=True, scale_decoder_outputs=True, gated=False, activation="relu"
+)
+OWN = dataclasses.replace(CONFIG, per_layer_relative_bias=True, model_type="umt5")
+
+
+def plain(directory: Path, params: dict, **options: Any) -> Path:
+    return write_t5x(directory, t5x_tree(params), **options)
+
+
+WRITERS: dict[str, tuple[T5Config, Callable[[Path, dict], Path]]] = {
+    "version 3": (CONFIG, plain),
+    "square": (SQUARE, plain),
+    "tied, not gated": (TIED, plain),
+    "version 2": (CONFIG, lambda d, p: plain(d, p, version=2, driver="file")),
+    "written to gs": (CONFIG, lambda d, p: plain(d, p, driver="gcs")),
+    "path beside kvstore": (CONFIG, lambda d, p: plain(d, p, driver="old")),
+    "all inline": (CONFIG, lambda d, p: plain(d, p, inline=lambda name: True)),
+    "none inline": (CONFIG, lambda d, p: plain(d, p, inline=lambda name: False)),
+    "every other inline": (CONFIG, lambda d, p: plain(d, p, inline=lambda name: len(name) % 2)),
+    "scanned": (OWN, lambda d, p: write_t5x(d, scanned_tree(p))),
+    "scanned, one bias": (SQUARE, lambda d, p: write_t5x(d, scanned_tree(p, "same"))),
+    "scanned, named after the stack": (OWN, lambda d, p: write_t5x(d, scanned_tree(p, "same"))),
+    "layers with biases": (OWN, plain),
+    "orbax": (CONFIG, lambda d, p: write_orbax(d, t5x_tree(p), use_ocdbt=True)),
+    "orbax, zarr 3": (
+        SQUARE, lambda d, p: write_orbax(d, t5x_tree(p), use_ocdbt=True, use_zarr3=True)
+    ),
+    "orbax, directories": (TIED, lambda d, p: write_orbax(d, t5x_tree(p), use_ocdbt=False)),
+    "orbax, scanned": (OWN, lambda d, p: write_orbax(d, scanned_tree(p), use_ocdbt=True)),
+    "orbax, placeholders": (CONFIG, lambda d, p: write_old_orbax(d, t5x_tree(p))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_every_layout_gives_our_parameters(case: str, tmp_path: Path):
+    config, write = WRITERS[case]
+    params = make_params(config)
+    checkpoint = write(tmp_path / "checkpoint_3", params)
+    assert derive_config(open_weights(checkpoint)) == config
+    loaded, expected = flatten(load_params(checkpoint, config)), flatten(params)
+    assert loaded.keys() == expected.keys()
+    for path, leaf in loaded.items():
+        np.testing.assert_array_equal(leaf, expected[path], path, strict=True)
+
+
+def bfloat16(target: Flat) -> Flat:
+    return {name: array.astype(ml_dtypes.bfloat16) for name, array in target.items()}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_bfloat16_as_itself_and_as_its_bits(version: int, tmp_path: Path):
+    params = make_params(CONFIG)
+    write_t5x(tmp_path, bfloat16(t5x_tree(params)), version=version)
+    for name, stored in open_weights(tmp_path).tensors.items():
+        assert stored.dtype == ml_dtypes.bfloat16, name
+    loaded = flatten(load_params(tmp_path, CONFIG, dtype="bfloat16"))
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(loaded[path], leaf.astype(jnp.bfloat16), path)
+
+
+def test_each_device_holds_its_shards(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, vocab_size=24)
+    params = make_params(config)
+    write_t5x(tmp_path, scanned_tree(params))
+    shardings = tree_shardings(make_mesh(2, 2), param_specs(config))
+    loaded = load_params(tmp_path, config, shardings=shardings, host_bytes=1)
+    for leaf, expected, sharding in zip(
+        *map(jax.tree.leaves, (loaded, params, shardings)), strict=True
+    ):
+        assert leaf.sharding == sharding
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def test_a_stacked_array_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    params = make_params(CONFIG)
+    write_t5x(tmp_path, scanned_tree(params), inline=lambda name: False)
+    reads: list[str] = []
+    open_arrays = ArrayStore.open_arrays
+
+    def counting(self: ArrayStore, names: Any, **options: Any) -> dict[str, StoredTensor]:
+        def counted(name: str, stored: StoredTensor) -> StoredTensor:
+            def read() -> np.ndarray:
+                reads.append(name)
+                return stored.read()
+
+            return dataclasses.replace(stored, read=read)
+
+        opened = open_arrays(self, names, **options)
+        return {name: counted(name, stored) for name, stored in opened.items()}
+
+    monkeypatch.setattr(ArrayStore, "open_arrays", counting)
+    load_params(tmp_path, CONFIG, host_bytes=1)
+    assert sorted(reads) == sorted(set(reads)) and len(reads) == len(scanned_tree(params))
+
+
+def test_a_prompt_in_the_checkpoint_is_not_the_backbone(tmp_path: Path):
+    target = t5x_tree(make_params(CONFIG))
+    prompt = {"encoder/prompt/prompt/prompt": np.ones((2, 12), np.float32)}
+    write_t5x(tmp_path, target | prompt)
+    assert load_params(tmp_path, CONFIG)
+    opened = open_t5x(str(tmp_path))
+    assert opened is not None and opened.prompts.keys() == prompt.keys()
+
+
+def test_a_t5x_checkpoint_with_its_config_beside_it_is_a_backbone(tmp_path: Path):
+    write_t5x(tmp_path, t5x_tree(make_params(CONFIG)))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    assert read_config(tmp_path) == CONFIG
+    save_hf(tmp_path / "other", make_params(CONFIG), CONFIG)
+    assert fingerprint(tmp_path) == fingerprint(tmp_path / "other")
+
+
+# ---- what is wrong is said in one sentence -------------------------------------------------------
+
+QUERY = "target.encoder.layers_0.attention.query.kernel"
+
+
+def change(name: str, key: str, value: Any) -> Callable[[Path], None]:
+    """Changes the metadata of an array."""
+
+    def spoil(directory: Path) -> None:
+        path = directory / name / ".zarray"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return spoil
+
+
+def spoil_tree(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    """Changes the msgpack tree."""
+
+    def spoil(directory: Path) -> None:
+        path = directory / "checkpoint"
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        change(tree)
+        path.write_bytes(flax.serialization.msgpack_serialize(tree))
+
+    return spoil
+
+
+def query(tree: dict) -> dict:
+    return tree["optimizer"]["target"]["encoder"]["layers_0"]["attention"]["query"]
+
+
+def cut(directory: Path) -> None:
+    chunk = directory / QUERY / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a missing leaf": (
+        spoil_tree(lambda tree: query(tree).clear()),
+        "encoder/layers_0/attention/query/kernel",
+    ),
+    "a missing leaf of a later layer": (
+        spoil_tree(lambda t: t["optimizer"]["target"]["decoder"]["layers_1"]["mlp"].pop("wo")),
+        "missing: decoder/layers_1/mlp/wo/kernel",
+    ),
+    "an unknown leaf": (
+        spoil_tree(lambda tree: tree["optimizer"]["target"].update(x=np.ones(3, np.float32))),
+        "unknown: x",
+    ),
+    "a leaf of another shape": (
+        spoil_tree(lambda t: t["optimizer"]["target"]["encoder"]["layers_1"]["mlp"]["wo"].update(
+            kernel=np.ones((12, 16), np.float32))),
+        "encoder/layers_1/mlp/wo/kernel [12, 16] instead of [16, 12]",
+    ),
+    "a leaf of integers": (
+        spoil_tree(lambda tree: query(tree).update(kernel=np.ones((12, 20), np.uint16))),
+        "query/kernel of uint16 instead of floating point numbers",
+    ),
+    "no array where the tree says one": (
+        lambda directory: shutil.rmtree(directory / QUERY), f"{QUERY}: there is no such array"
+    ),
+    "a missing chunk": (lambda directory: (directory / QUERY / "1.1").unlink(), "is missing"),
+    "a truncated chunk": (cut, f"{QUERY}: cannot be read, it may be damaged"),
+    "a chunk of something else": (
+        lambda directory: (directory / QUERY / "0.0").write_bytes(b"hello"), "may be damaged"
+    ),
+    "an absurd shape": (change(QUERY, "shape", [10**15, 20]), "more than this machine's memory"),
+    "absurd chunks": (change(QUERY, "chunks", [10**14, 20]), "more than this machine's memory"),
+    "a compressor that is none": (change(QUERY, "compressor", {"id": "evil"}), "may be damaged"),
+    "objects": (change(QUERY, "dtype", "|O"), "may be damaged"),
+    "an array elsewhere": (
+        spoil_tree(lambda tree: query(tree)["kernel"]["kvstore"].update(path="..")),
+        "refused to read the array '..'",
+    ),
+    "another driver": (
+        spoil_tree(lambda tree: query(tree)["kernel"].update(driver="json")), "driver 'json'"
+    ),
+    "an unknown version": (
+        spoil_tree(lambda tree: tree.update(version=4)),
+        "has version 4 of the T5X format; versions 2 and 3 can be read",
+    ),
+    "no version": (spoil_tree(lambda tree: tree.pop("version")), "names no version"),
+    "no model": (
+        spoil_tree(lambda tree: tree["optimizer"].pop("target")), "no T5X checkpoint of a model"
+    ),
+    "a tree that is none": (
+        lambda directory: (directory / "checkpoint").write_bytes(b"model_checkpoint_path: x"),
+        "checkpoint: is no T5X checkpoint, or damaged",
+    ),
+    "an empty tree": (lambda directory: (directory / "checkpoint").write_bytes(b""), "cannot be"),
+    "a tree cut short": (
+        lambda d: (d / "checkpoint").write_bytes((d / "checkpoint").read_bytes()[:-5]), "cut short"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_is_wrong_is_one_sentence(case: str, tmp_path: Path, capsys: Any):
+    spoil, said = SPOILT[case]
+    source = write_t5x(tmp_path / "checkpoint_3", t5x_tree(make_params(CONFIG)))
+    spoil(source)
+    assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if "no tokenizer" not in line]
+    assert printed.out == "" and len(lines) == 1 and said in lines[0], printed.err
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint_3"]
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=100)
+def test_a_damaged_tree_never_does_more_than_raise(data: st.DataObject, intact: Path):
+    content = bytearray((intact / "checkpoint").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "checkpoint").write_bytes(content)
+        with contextlib.suppress(UserError):
+            derive_config(open_weights(directory))
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = t5x_tree(make_params(CONFIG))
+    return write_t5x(tmp_path_factory.mktemp("intact"), target, inline=lambda name: True)
