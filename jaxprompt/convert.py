@@ -69,15 +69,15 @@ def convert_backbone(
     stored = embedding_table(files).dtype.name
     dtype = dtype or (stored if stored == "bfloat16" else "float32")
     with _tokenizer_directory(tokenizer, directory) as vocabulary:
-        if vocabulary is None:
-            print(
-                f"jaxprompt: {output} gets no tokenizer, which a backbone needs; name one with "
-                "--tokenizer, or put its files there",
-                file=sys.stderr,
-            )
-        else:
+        if vocabulary is not None:
             _check_tokenizer(vocabulary, config)
         convert_hf(target, files, config, vocabulary, dtype)
+    if vocabulary is None:
+        print(
+            f"jaxprompt: {output} has no tokenizer, which a backbone needs: put its files there, "
+            "or name one with --tokenizer next time",
+            file=sys.stderr,
+        )
     return {
         "output": output,
         "parameters": sum(math.prod(weight.shape) for weight in weight_table(config)),

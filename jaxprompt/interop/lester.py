@@ -16,6 +16,7 @@ from jaxprompt.typing import UserError
 
 _ARRAYS = "numpy_checkpoints"
 _PROMPT = "encoder/prompt/prompt/prompt"  # the prompt's name in T5X's tree
+_VARIABLES = ("encoder.", "decoder.")
 _FILE = _PROMPT.replace("/", ".")  # and that of its numpy twin, which has no suffix
 
 
@@ -29,6 +30,8 @@ def read_lester(source: str) -> PromptArtifact | None:
     """
     place = Path(source)
     if not is_remote(source) and place.is_file():
+        if place.name != _FILE and place.name.startswith(_VARIABLES):
+            raise _no_soft_prompt(place.parent, [place.name])
         return load_artifact(place)
     step = source if is_remote(source) else _step_directory(place)
     if step is None:
@@ -54,15 +57,19 @@ def _step_directory(place: Path) -> Path | None:
 def _from_checkpoint(location: str) -> PromptArtifact | None:
     checkpoint = open_t5x(location)
     if checkpoint is None:
-        others = [name for name in _names(location) if ".prompt" in name]
+        others = [name for name in _names(location) if name.startswith(_VARIABLES)]
         if others:
-            raise UserError(f"{location} holds {', '.join(others[:3])}, no soft prompt ({_FILE})")
+            raise _no_soft_prompt(location, others)
         return None
     if _PROMPT not in checkpoint.prompts:
         others = ", ".join(list(checkpoint.prompts)[:3]) or "no prompt at all"
         raise UserError(f"{checkpoint.where}: holds {others}, not {_PROMPT}")
     array = np.array(checkpoint.prompts[_PROMPT].read())
     return soft_prompt(array, f"{_PROMPT} of {checkpoint.where}", location)
+
+
+def _no_soft_prompt(where: Path | str, names: list[str]) -> UserError:
+    return UserError(f"{where} holds {', '.join(names[:3])}, which is no soft prompt ({_FILE})")
 
 
 def _names(location: str) -> list[str]:
