@@ -266,6 +266,68 @@ def test_what_is_wrong_is_one_sentence(case: str, tmp_path: Path, capsys: Any):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint_3"]
 
 
+def spoil_json(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    """Changes Orbax's metadata."""
+
+    def spoil(state: Path) -> None:
+        metadata = json.loads((state / "_METADATA").read_text())
+        change(metadata)
+        (state / "_METADATA").write_text(json.dumps(metadata))
+
+    return spoil
+
+
+def cut_database(state: Path) -> None:
+    for file in state.glob("**/d/*"):
+        file.write_bytes(file.read_bytes()[:-40])
+
+
+def elsewhere(metadata: dict) -> None:
+    for entry in metadata["tree_metadata"].values():
+        entry["key_metadata"][-1]["key"] += "/../x"
+
+
+SPOILT_ORBAX: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no JSON": (lambda state: (state / "_METADATA").write_text("{"), "is no T5X checkpoint, or"),
+    "a list": (lambda state: (state / "_METADATA").write_text("[]"), "is no T5X checkpoint, or"),
+    "no tree": (spoil_json(dict.clear), "is no T5X checkpoint, or damaged: 'tree_metadata'"),
+    "no model": (spoil_json(lambda m: m["tree_metadata"].clear()), "it has no `target`"),
+    "names that lead elsewhere": (spoil_json(elsewhere), "refused to read the array"),
+    "the other zarr": (spoil_json(lambda m: m.update(use_zarr3=True)), "there is no such array"),
+    "no database": (lambda state: (state / "manifest.ocdbt").unlink(), "there is no such array"),
+    "a database that is cut short": (cut_database, "state/target."),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_ORBAX)
+def test_what_is_wrong_with_orbax_is_one_sentence(case: str, tmp_path: Path):
+    spoil, said = SPOILT_ORBAX[case]
+    source = write_orbax(tmp_path / "checkpoint_3", t5x_tree(make_params(CONFIG)))
+    spoil(source / "state")
+    with pytest.raises(UserError) as caught:
+        load_params(source, CONFIG)
+    assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("encoder/layers/pre_mlp_layer_norm/scale", (12,)),
+        ("encoder/layers/mlp/wo/kernel", (16, 0, 12)),
+        ("encoder/layers/mlp/wo/kernel", (0, 4000, 12)),
+        ("token_embedder/embedding", (0, 12)),
+        ("encoder/relpos_bias/rel_embedding", (0, 8)),
+        ("encoder/relpos_bias/rel_embedding", (3, 8)),
+        ("token_embedder/embedding", (12,)),
+    ],
+)
+def test_shapes_that_are_none_of_a_t5(name: str, shape: tuple[int, ...], tmp_path: Path):
+    target = scanned_tree(make_params(CONFIG)) | {name: np.ones(shape, np.float32)}
+    write_t5x(tmp_path, target, inline=lambda name: True)
+    with pytest.raises(UserError, match=r"has shape|are not 3 heads"):
+        derive_config(open_weights(tmp_path))
+
+
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=100)
 def test_a_damaged_tree_never_does_more_than_raise(data: st.DataObject, intact: Path):

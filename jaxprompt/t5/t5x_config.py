@@ -36,7 +36,7 @@ def derive_config(files: WeightFiles) -> T5Config:
         stored = next((files.tensors[name] for name in names if name in files.tensors), None)
         if stored is None:
             raise UserError(f"{files.path}: has no {names[0]}, so it is no T5 that can be read")
-        if len(stored.shape) != 2:
+        if len(stored.shape) != 2 or 0 in stored.shape:
             raise UserError(
                 f"{files.path}: {names[0]} has shape {list(stored.shape)}, not two axes"
             )
@@ -46,7 +46,7 @@ def derive_config(files: WeightFiles) -> T5Config:
     heads, buckets = shape(f"encoder/{_BIAS}", own_bias)
     vocab_size, d_model = shape(T5X_TABLE)
     _, joined = shape(first("encoder", "attention/query/kernel"))
-    if not heads or joined % heads:
+    if joined % heads:
         raise UserError(
             f"{files.path}: the query kernel gives {joined} numbers, which are not {heads} heads"
         )

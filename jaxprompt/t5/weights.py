@@ -222,8 +222,9 @@ def _write_hf(
             if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
                 shutil.copy2(Path(tokenizer_dir) / name, temporary / name)
         for file, weights in shards.items():
-            tensors = {weight.name: np.ascontiguousarray(fetch(weight), kind) for weight in weights}
+            tensors = {w.name: np.ascontiguousarray(fetch(w), kind) for w in weights}
             write_safetensors(temporary / file, tensors)
+            del tensors  # before the next are there
         if len(shards) > 1:
             total = sum(math.prod(weight.shape) for weight in table) * kind.itemsize
             places = {weight.name: file for file, weights in shards.items() for weight in weights}
