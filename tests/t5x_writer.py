@@ -93,6 +93,7 @@ def write_t5x(
         name: moments if number % 2 else None for number, name in enumerate(sorted(target))
     }
     state = {"step": np.int32(-7), "param_states": unflatten(param_states)}
+    state |= {"numbers": {"a": -3, "b": -300, "c": -(2**40), "d": 0.5, "e": 2**40, "f": True}}
     tree: dict[str, Any] = {"optimizer": {"target": unflatten(leaves), "state": state}}
     if version is not None:
         tree["version"] = version
@@ -112,13 +113,15 @@ def write_orbax(directory: Path, target: Flat, **options: Any) -> Path:
 
 
 def write_old_orbax(directory: Path, target: Flat) -> Path:
-    """The same by the Orbax of its first years: a msgpack tree of placeholders."""
+    """The same by the Orbax of its first years: a msgpack tree of placeholders; one leaf inside."""
     state = directory / "state"
     leaves: dict[str, Any] = {}
     for name, array in target.items():
         file = "target." + name.replace("/", ".")
         _write_array(state, file, np.ascontiguousarray(array), "file")
-        leaves[name] = f"PLACEHOLDER://{file}"
+        inside = name == "encoder/encoder_norm/scale"
+        leaves[name] = array if inside else f"PLACEHOLDER://{file}"
     tree = {"target": unflatten(leaves), "state": {"step": 3}}
     (state / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(tree))
+    (state / "_METADATA").write_text('{"tree_metadata": {}, "use_zarr3": false}')
     return directory

@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from jaxprompt.t5 import backbones
 from jaxprompt.t5.backbones import fingerprint, read_config
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.weight_files import open_weights
+from jaxprompt.t5.weight_names import Layout, weight_table
 from jaxprompt.t5.weights import convert_hf, load_params, save_hf
-from jaxprompt.trees import flatten
+from jaxprompt.trees import flatten, unflatten
 from jaxprompt.typing import UserError
 
 DEEP = dataclasses.replace(
@@ -122,6 +124,24 @@ def test_a_backbone_in_the_usual_layout(tmp_path: Path, capsys: Any):
     assert fingerprint(out) == fingerprint(source)
     assert read_config(out) == read_config(source)
     assert jp.load_backbone(str(out)).tokenizer.size == jp.load_backbone(str(source)).tokenizer.size
+
+
+def test_flax_weights(tmp_path: Path, capsys: Any):
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_hf(source, make_params(SQUARE), SQUARE)
+    stored = open_weights(source).tensors
+    flat = {
+        weight.stored_name(Layout.FLAX): stored[weight.name].read().T.copy()
+        if weight.word == "kernel"
+        else stored[weight.name].read()
+        for weight in weight_table(SQUARE)
+    }
+    content = flax.serialization.msgpack_serialize(unflatten(flat))
+    (source / "flax_model.msgpack").write_bytes(content)
+    (source / "model.safetensors").unlink()
+    assert convert(capsys, source, out)[0] == 0
+    for path, leaf in flatten(load_params(out, SQUARE)).items():
+        np.testing.assert_array_equal(leaf, flatten(make_params(SQUARE))[path], path)
 
 
 def test_a_config_takes_the_place_of_what_shapes_say(tmp_path: Path, capsys: Any):

@@ -37,7 +37,7 @@ from jaxprompt.t5.t5x import open_t5x
 from jaxprompt.t5.t5x_config import derive_config
 from jaxprompt.t5.weight_files import open_weights
 from jaxprompt.t5.weights import load_params, save_hf
-from jaxprompt.tensorfile import StoredTensor
+from jaxprompt.tensorfile import StoredTensor, write_safetensors
 from jaxprompt.trees import flatten
 from jaxprompt.typing import UserError
 
@@ -90,6 +90,55 @@ def test_every_layout_gives_our_parameters(case: str, tmp_path: Path):
     assert loaded.keys() == expected.keys()
     for path, leaf in loaded.items():
         np.testing.assert_array_equal(leaf, expected[path], path, strict=True)
+
+
+# transformers' own converter, for a model of one layer: T5X's name, torch's, whether it is turned
+ATTENTION = [("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")]
+BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+TABLE = [
+    ("token_embedder/embedding", "shared.weight", False),
+    ("encoder/relpos_bias/rel_embedding", f"encoder.block.0.{BIAS}", True),
+    ("decoder/relpos_bias/rel_embedding", f"decoder.block.0.{BIAS}", True),
+    ("encoder/encoder_norm/scale", "encoder.final_layer_norm.weight", False),
+    ("decoder/decoder_norm/scale", "decoder.final_layer_norm.weight", False),
+    ("decoder/logits_dense/kernel", "lm_head.weight", True),
+    *(
+        (f"{stack}/layers_0/{ours}/{kernel}/kernel",
+         f"{stack}.block.0.{theirs}.{name}.weight", True)
+        for stack, ours, theirs, kernels in (
+            ("encoder", "attention", "layer.0.SelfAttention", ATTENTION),
+            ("encoder", "mlp", "layer.1.DenseReluDense", [(w, w) for w in ("wi_0", "wi_1", "wo")]),
+            ("decoder", "self_attention", "layer.0.SelfAttention", ATTENTION),
+            ("decoder", "encoder_decoder_attention", "layer.1.EncDecAttention", ATTENTION),
+            ("decoder", "mlp", "layer.2.DenseReluDense", [(w, w) for w in ("wi_0", "wi_1", "wo")]),
+        )
+        for kernel, name in kernels
+    ),
+    *(
+        (f"{stack}/layers_0/pre_{norm}_layer_norm/scale",
+         f"{stack}.block.0.layer.{number}.layer_norm.weight", False)
+        for stack, norms in (
+            ("encoder", ["attention", "mlp"]),
+            ("decoder", ["self_attention", "cross_attention", "mlp"]),
+        )
+        for number, norm in enumerate(norms)
+    ),
+]  # fmt: skip
+
+
+def test_names_and_matrices_are_those_of_transformers_converter(tmp_path: Path):
+    """Square kernels too: what is turned and what is not comes from that table, not from ours."""
+    one = dataclasses.replace(SQUARE, num_layers=1, num_decoder_layers=1, d_ff=12)
+    target = t5x_tree(make_params(one))
+    assert {name for name, _, _ in TABLE} == target.keys()
+    torch = {theirs: target[ours].T if turned else target[ours] for ours, theirs, turned in TABLE}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(one.to_hf()))
+    write_safetensors(tmp_path / "hf" / "model.safetensors", torch)
+    expected = flatten(load_params(tmp_path / "hf", one))
+    loaded = flatten(load_params(write_t5x(tmp_path / "t5x", target), one))
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(loaded[path], leaf, path, strict=True)
 
 
 def bfloat16(target: Flat) -> Flat:
@@ -290,7 +339,7 @@ def elsewhere(metadata: dict) -> None:
 SPOILT_ORBAX: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (lambda state: (state / "_METADATA").write_text("{"), "is no T5X checkpoint, or"),
     "a list": (lambda state: (state / "_METADATA").write_text("[]"), "is no T5X checkpoint, or"),
-    "no tree": (spoil_json(dict.clear), "is no T5X checkpoint, or damaged: 'tree_metadata'"),
+    "no tree": (spoil_json(dict.clear), "it has no `target`"),
     "no model": (spoil_json(lambda m: m["tree_metadata"].clear()), "it has no `target`"),
     "names that lead elsewhere": (spoil_json(elsewhere), "refused to read the array"),
     "the other zarr": (spoil_json(lambda m: m.update(use_zarr3=True)), "there is no such array"),

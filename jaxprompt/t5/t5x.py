@@ -65,14 +65,13 @@ def open_t5x(location: str) -> T5XCheckpoint | None:
     for store in (ArrayStore(location), ArrayStore(location).inside("state")):
         metadata, tree = store.read_file(_METADATA), store.read_file(_TREE)
         where = f"{store.location}/{_METADATA if tree is None else _TREE}"
-        zarr3, version = False, 0
+        if metadata is None and tree is None:
+            continue
+        version = 0
         try:
-            if tree is not None:
+            leaves, zarr3 = _json_leaves(metadata) if metadata is not None else ({}, False)
+            if tree is not None:  # where there are both, only this one has leaves inside
                 leaves, version = _tree_leaves(tree, where)
-            elif metadata is not None:
-                leaves, zarr3 = _json_leaves(metadata)
-            else:
-                continue
         except _DAMAGE as error:
             raise UserError(f"{where}: is no T5X checkpoint, or damaged: {error}") from error
         target = {key[7:]: leaf for key, leaf in leaves.items() if key.startswith("target/")}
@@ -137,7 +136,7 @@ def _json_leaves(content: np.ndarray) -> tuple[dict[str, _Leaf], bool]:
     """The leaves of Orbax's metadata by name, and whether its arrays are zarr version 3."""
     metadata = json.loads(content.tobytes())
     leaves: dict[str, _Leaf] = {}
-    for entry in metadata["tree_metadata"].values():
+    for entry in metadata.get("tree_metadata", {}).values():
         keys = [str(part["key"]) for part in entry["key_metadata"]]
         if entry["value_metadata"].get("value_type") not in _NO_ARRAYS:
             start = 1 if keys[0] == "optimizer" else 0
