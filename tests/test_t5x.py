@@ -377,6 +377,14 @@ def test_shapes_that_are_none_of_a_t5(name: str, shape: tuple[int, ...], tmp_pat
         derive_config(open_weights(tmp_path))
 
 
+def test_a_leaf_under_two_names(tmp_path: Path):
+    target = scanned_tree(make_params(CONFIG))
+    double = {"encoder/encoder/mlp/wo/kernel": target["encoder/layers/mlp/wo/kernel"]}
+    write_t5x(tmp_path, target | double, inline=lambda name: True)
+    with pytest.raises(UserError, match="mlp/wo/kernel is there under two names"):
+        open_weights(tmp_path)
+
+
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=100)
 def test_a_damaged_tree_never_does_more_than_raise(data: st.DataObject, intact: Path):
@@ -396,15 +404,6 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- Google Cloud Storage, by a server of our own ------------------------------------------------
-
-SERVED = """
-import sys
-from jaxprompt.t5.t5x_config import derive_config
-from jaxprompt.t5.weight_files import open_weights
-from jaxprompt.t5.weights import convert_hf
-files = open_weights(sys.argv[1])
-convert_hf(sys.argv[2], files, derive_config(files))
-"""
 
 
 @pytest.fixture
@@ -464,14 +463,14 @@ def test_a_checkpoint_on_google_cloud_storage(
 
     def convert(source: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", SERVED, source, str(tmp_path / "out")],
+            [sys.executable, "-m", "jaxprompt", "convert", source, str(tmp_path / "out")],
             env=os.environ | environment, cwd=Path(__file__).parents[1],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
+    done = convert(f"{place}0")
+    assert done.returncode == 2 and f"error: {place}0: holds no weights" in done.stderr
     done = convert(place)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "3 + 2 layers" in done.stdout, done.stderr
     save_hf(tmp_path / "ours", make_params(CONFIG), CONFIG)
     assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "ours")
-    done = convert(f"{place}0")
-    assert f"UserError: {place}0: holds no weights" in done.stderr

@@ -167,15 +167,18 @@ def _sorted(where: str, target: dict[str, StoredTensor]) -> T5XCheckpoint:
     for name in (name for name in target if name not in prompts):
         spelled = name.replace("/relative_posemb/", "/relpos_bias/")
         scanned = _SCANNED.fullmatch(spelled)
+        if scanned is not None:
+            spelled = f"{scanned['stack']}/layers/{scanned['rest']}"
+        if {spelled, f"{spelled}[0]"} & tensors.keys():
+            raise UserError(f"{where}: {name} is there under two names")
         if scanned is None:
             tensors[spelled] = _joined(spelled, target[name])
             continue
         layout = Layout.T5X_SCANNED
-        stack = f"{scanned['stack']}/layers/{scanned['rest']}"
         if not 1 <= (*target[name].shape, 0, 0)[1] <= _MOST_LAYERS:
             raise UserError(f"{where}: {name} has shape {list(target[name].shape)}, no layers in 1")
         for row, layer in enumerate(_layers(target[name], last)):
-            tensors[f"{stack}[{row}]"] = _joined(stack, layer)
+            tensors[f"{spelled}[{row}]"] = _joined(spelled, layer)
     return T5XCheckpoint(where, layout, tensors, prompts)
 
 

@@ -74,7 +74,10 @@ def open_weights(directory: Path | str) -> WeightFiles:
         if checkpoint is not None:
             return WeightFiles(checkpoint.where, checkpoint.layout, checkpoint.tensors)
         wanted = ", ".join(format_.file for format_ in FORMATS)
-        raise UserError(f"{directory}: holds no weights ({wanted}, or the index of sharded ones)")
+        raise UserError(
+            f"{directory}: holds no weights ({wanted}, or the index of sharded ones) and is no T5X "
+            "checkpoint"
+        )
     format_, file = chosen
     path = folder / file
     tensors = format_.read(path) if file == format_.file else _open_shards(path, format_)
