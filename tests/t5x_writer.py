@@ -101,12 +101,14 @@ def write_t5x(
     return directory
 
 
-def write_orbax(directory: Path, target: Flat, **options: Any) -> Path:
-    """A checkpoint that T5X wrote through Orbax."""
+def write_orbax(directory: Path, target: Flat, *, whole: bool = False, **options: Any) -> Path:
+    """A checkpoint that T5X wrote through Orbax; `whole`: its train state as it is."""
     import orbax.checkpoint
 
     handler = orbax.checkpoint.PyTreeCheckpointHandler(**options)
     tree = {"state": {"step": np.int32(3), "param_states": {}}, "target": unflatten(target)}
+    if whole:
+        tree = {"_optimizer": tree, "flax_mutables": None, "params_axes": None}
     with orbax.checkpoint.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory / "state", tree)
     return directory
@@ -117,11 +119,13 @@ def write_old_orbax(directory: Path, target: Flat) -> Path:
     state = directory / "state"
     leaves: dict[str, Any] = {}
     for name, array in target.items():
-        file = "target." + name.replace("/", ".")
+        file = "_optimizer.target." + name.replace("/", ".")
         _write_array(state, file, np.ascontiguousarray(array), "file")
         inside = name == "encoder/encoder_norm/scale"
         leaves[name] = array if inside else f"PLACEHOLDER://{file}"
-    tree = {"target": unflatten(leaves), "state": {"step": 3}}
+    step = "PLACEHOLDER://_optimizer.state.step"
+    optimizer = {"target": unflatten(leaves), "state": {"step": step}}
+    tree = {"_optimizer": optimizer, "flax_mutables": None, "params_axes": None}
     (state / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(tree))
     (state / "_METADATA").write_text('{"tree_metadata": {}, "use_zarr3": false}')
     return directory

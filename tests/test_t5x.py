@@ -75,6 +75,7 @@ WRITERS: dict[str, tuple[T5Config, Callable[[Path, dict], Path]]] = {
         SQUARE, lambda d, p: write_orbax(d, t5x_tree(p), use_ocdbt=True, use_zarr3=True)
     ),
     "orbax, directories": (TIED, lambda d, p: write_orbax(d, t5x_tree(p), use_ocdbt=False)),
+    "orbax, whole": (CONFIG, lambda d, p: write_orbax(d, t5x_tree(p), whole=True)),
     "orbax, scanned": (OWN, lambda d, p: write_orbax(d, scanned_tree(p), use_ocdbt=True)),
     "orbax, placeholders": (CONFIG, lambda d, p: write_old_orbax(d, t5x_tree(p))),
 }  # fmt: skip
@@ -444,6 +445,7 @@ def bucket(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             "TENSORSTORE_GCS_HTTP_URL": f"http://{here}",
             "GCE_METADATA_ROOT": here,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "no_proxy": "*",
         },
     )
     server.shutdown()

@@ -23,6 +23,7 @@ from jaxprompt.tensorfile import StoredTensor
 from jaxprompt.typing import UserError
 
 VERSIONS = (2, 3)
+_ORBAX_ROOT = "_optimizer"  # T5X's train state as Orbax sees it, where T5X hands it over whole
 _PLACEHOLDER = "PLACEHOLDER://"
 _TREE, _METADATA, _DATABASE = "checkpoint", "_METADATA", "manifest.ocdbt"
 # what Orbax calls values that are no arrays
@@ -105,6 +106,8 @@ def _tree_leaves(content: np.ndarray, where: str) -> tuple[dict[str, _Leaf], int
             said = "names no version" if version is None else f"has version {version}"
             raise UserError(f"{where}: {said} of the T5X format; versions 2 and 3 can be read")
         tree = tree["optimizer"]
+    elif _ORBAX_ROOT in tree:
+        tree = tree[_ORBAX_ROOT]
     return dict(_walk({"target": tree.get("target", {})}, ())), version or 0
 
 
@@ -139,7 +142,7 @@ def _json_leaves(content: np.ndarray) -> tuple[dict[str, _Leaf], bool]:
     for entry in metadata.get("tree_metadata", {}).values():
         keys = [str(part["key"]) for part in entry["key_metadata"]]
         if entry["value_metadata"].get("value_type") not in _NO_ARRAYS:
-            start = 1 if keys[0] == "optimizer" else 0
+            start = 1 if keys[0] in ("optimizer", _ORBAX_ROOT) else 0
             leaves["/".join(keys[start:])] = ".".join(keys)
     return leaves, bool(metadata.get("use_zarr3"))
 
