@@ -2,7 +2,7 @@
 
 Called with the name of what it stands in for. Every call is a line of `calls.jsonl`; buckets and
 the workers' homes are directories; `ssh` really runs its command in them. `plan.json` says what
-goes wrong: for each verb a list, of which each call takes the first entry; nothing when it is empty.
+goes wrong: for each verb a list, of which each call takes the first entry, nothing if it is empty.
 """
 
 import fcntl
@@ -76,8 +76,8 @@ def create(words: list[str]) -> int:
 
 def describe(words: list[str]) -> int:
     entry = planned("describe")
-    if entry == "unavailable":
-        return fail(ERRORS["unavailable"])
+    if entry in ERRORS:
+        return fail(ERRORS[str(entry)])
     if entry is not None:
         state(str(entry))
         if entry in ("SUSPENDED", "FAILED"):

@@ -43,14 +43,27 @@ class Cloud:
         self.plan()
         self.write_env()
         (directory / "buckets/bucket").mkdir(parents=True)
+        self.scripts = self._checkout() / "tpu_scripts"
         (directory / "bin").mkdir()
         for name in ("gcloud", "xpk", "kubectl", "uv", "python"):
             program = directory / "bin" / name
             program.write_text(
-                f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -I "
+                f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S "
                 f'{shlex.quote(str(STAND_IN))} {name} "$@"\n'
             )
             program.chmod(0o755)
+
+    def _checkout(self) -> Path:
+        """A checkout that is quickly packed: the scripts, and little else."""
+        checkout = self.directory / "checkout"
+        shutil.copytree(SCRIPTS, checkout / "tpu_scripts", ignore=shutil.ignore_patterns("env"))
+        for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+            (checkout / name).write_text("")
+        for name in ("jaxprompt", "configs"):
+            (checkout / name).mkdir()
+            (checkout / name / "file").write_text("")
+        subprocess.run(["git", "init", "--quiet"], cwd=checkout, check=True)
+        return checkout
 
     def write_env(self, *lines: str) -> None:
         """The env file, with some lines instead of those of the same key."""
@@ -78,7 +91,7 @@ class Cloud:
 
     def start(self, script: str, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [SCRIPTS / script, "--env", self.env_file, *words],
+            [self.scripts / script, "--env", self.env_file, *words],
             cwd=self.directory,
             env=self.environment(),
             text=True,
@@ -440,6 +453,28 @@ def test_a_quota_error_is_one_sentence_and_leaves_nothing(cloud: Cloud):
     assert "billed" not in err and cloud.count("create") == 1
 
 
+@pytest.mark.parametrize("verb", ["create", "describe"])
+def test_an_account_that_may_not(cloud: Cloud, verb: str):
+    cloud.plan(**{verb: ["denied"]})
+    err = cloud.call("create", code=2).stderr
+    assert "gcloud may not use TPUs in my-project" in err and "billed" not in err
+
+
+def test_a_program_that_is_not_installed(cloud: Cloud):
+    cloud.write_env("PLATFORM=gke", "CLUSTER=mine", "IMAGE=x/y/z")
+    (cloud.directory / "bin/xpk").unlink()
+    assert "xpk is not installed" in cloud.call("create", code=2).stderr
+
+
+def test_several_hosts_are_warned_of(cloud: Cloud):
+    assert "warning" not in cloud.call("create").stderr
+    cloud.write_env("ACCELERATOR_TYPE=v5litepod-16")
+    assert "has several hosts" in cloud.call("create").stderr
+    cloud.write_env("ACCELERATOR_TYPE=v5p-8")
+    err = cloud.call("create").stderr
+    assert "warning" not in err and "4 chips" in err
+
+
 def test_what_passes_is_tried_again(cloud: Cloud):
     cloud.plan(create=["unavailable", "unavailable"])
     assert "attempt 2 of 3 failed" in cloud.call("create").stderr
@@ -610,11 +645,20 @@ def test_the_wheel_has_none_of_it():
     assert "tpu_scripts" not in json.dumps(targets["targets"]["wheel"])
 
 
-def test_the_checkout_that_setup_packs_has_what_the_workers_need(cloud: Cloud):
+def test_setup_packs_the_checkout_with_what_the_workers_need(cloud: Cloud):
+    cloud.scripts = SCRIPTS
     for script in ("create", "setup"):
         cloud.call(script)
     home = cloud.directory / "homes/worker/jaxprompt"
-    for name in ("pyproject.toml", "constraints.txt", "jaxprompt/cli.py", "configs/paper.yaml",
-                 "tpu_scripts/worker", "tpu_scripts/join.py"):  # fmt: skip
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+        "jaxprompt/cli.py",
+        "configs/paper.yaml",
+        "tpu_scripts/worker",
+        "tpu_scripts/join.py",
+    ):
         assert (home / name).is_file(), name
     assert not (home / "tpu_scripts/env").exists()

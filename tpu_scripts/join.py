@@ -1,7 +1,7 @@
 """Joins this worker to the others of the machine, then is the `jaxprompt` command.
 
 python join.py                          counts the chips
-python join.py FILE train CONFIG ...    runs; FILE gets this worker's number, 0 is the one that writes
+python join.py FILE train CONFIG ...    runs; FILE gets this worker's number, 0 the one that writes
 """
 
 import sys

@@ -12,6 +12,7 @@ poll_seconds=${POLL_SECONDS:-30}    # between two looks at something that takes 
 retry_seconds=${RETRY_SECONDS:-10}  # before the first new attempt; doubles
 dry_run=false
 may_be_billed=false  # a machine may exist: every failure says so
+staging=''           # a directory to remove at the end
 
 say() { printf '%s: %s\n' "$script" "$*" >&2; }
 
@@ -56,6 +57,7 @@ begin() {
   done
   rest+=(${words[@]+"${words[@]}"})
   read_env "$env_file"
+  $dry_run || need_programs
   export TPU_ENV=$env_file
   trap at_exit EXIT
   trap 'exit 130' INT
@@ -84,6 +86,11 @@ read_env() {
   done <"$place"
   PLATFORM=${PLATFORM:-tpu-vm} PROVISIONING=${PROVISIONING:-on-demand} SLICES=${SLICES:-1}
   check_env "$place"
+}
+
+need_programs() {
+  command -v gcloud >/dev/null || refuse "gcloud is not installed: cloud.google.com/sdk/docs/install"
+  ! on_gke || command -v xpk >/dev/null || refuse "xpk is not installed: pip install xpk"
 }
 
 check_env() {
@@ -134,13 +141,13 @@ execute() {
 
 # Up to three times, with longer and longer pauses; for what may fail in passing.
 retry() {
-  local attempt pause=$retry_seconds
-  for attempt in 1 2 3; do
+  local tried pause_between=$retry_seconds # not `attempt`: "$@" sees this function's variables
+  for tried in 1 2 3; do
     "$@" && return 0
-    ((attempt == 3)) && return 1
-    say "attempt $attempt of 3 failed; again in $pause s"
-    sleep "$pause"
-    pause=$((pause * 2))
+    ((tried < 3)) || return 1
+    say "attempt $tried of 3 failed; again in $pause_between s"
+    sleep "$pause_between"
+    pause_between=$((pause_between * 2))
   done
 }
 
@@ -161,17 +168,26 @@ ask_state() {
     '--format=value(state.state)'
 }
 
-# Prints ABSENT, UNKNOWN or what the service says: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ...
+# Prints ABSENT, DENIED, UNKNOWN or what the service says: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ...
 machine_state() {
   local answer
   if answer=$(ask_state 2>&1) && [[ $answer =~ (^|$'\n')([A-Z_]+)($|$'\n') ]]; then
     printf '%s\n' "${BASH_REMATCH[2]}"
   elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
     printf 'ABSENT\n'
+  elif is_denied "$answer"; then
+    printf 'DENIED\n'
   else
     printf '%s\n' "$answer" >&2
     printf 'UNKNOWN\n'
   fi
+}
+
+is_denied() { [[ $1 == *PERMISSION_DENIED* || $1 == *"active account"* || $1 == *"gcloud auth login"* ]]; }
+
+refuse_denied() {
+  may_be_billed=false
+  refuse "gcloud may not use TPUs in $PROJECT: gcloud auth login, with an account that has the role TPU Admin"
 }
 
 chips() {
@@ -206,6 +222,7 @@ delete_command() { quoted "$here/delete" --env "$TPU_ENV"; }
 
 at_exit() {
   local code=$?
+  [[ -z $staging ]] || rm -rf "$staging"
   if ((code != 0)) && $may_be_billed && ! $dry_run; then
     say "$(machine) may still be there, and billed; see it with $(quoted "$here/list" --env "$TPU_ENV"), end it with $(delete_command)"
   fi
