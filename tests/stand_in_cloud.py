@@ -27,12 +27,15 @@ ERRORS = {
 }
 
 
-def planned(verb: str) -> object:
+def planned(verb: str, take: bool = True) -> object:
     """The next entry of the plan for a verb; None if there is none."""
     with (HERE / "plan.json").open("r+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         plan = json.load(stream)
-        entry = plan.get(verb, []).pop(0) if plan.get(verb) else None
+        entry = (plan.get(verb) or [None])[0]
+        if entry is None or not take:
+            return entry
+        plan[verb].pop(0)
         stream.seek(0)
         stream.truncate()
         json.dump(plan, stream)
@@ -85,10 +88,9 @@ def describe(words: list[str]) -> int:
     if state() == "ABSENT":
         return fail("ERROR: NOT_FOUND: queued resource not found")
     print(state())
-    if state() not in ("ACTIVE", "SUSPENDED", "FAILED"):  # it comes when the plan says nothing
-        with (HERE / "plan.json").open() as stream:
-            if not json.load(stream).get("describe"):
-                state("ACTIVE")
+    on_its_way = state() not in ("ACTIVE", "SUSPENDED", "FAILED")
+    if on_its_way and planned("describe", take=False) is None:
+        state("ACTIVE")
     return 0
 
 
@@ -105,10 +107,13 @@ def ssh(words: list[str]) -> int:
     trouble = planned("ssh alive" if command.endswith("alive") else "ssh")
     if trouble is not None or state() != "ACTIVE":
         return fail("ssh: connect to host 10.0.0.2 port 22: Connection timed out", 255)
-    home = HOMES / "worker"
-    home.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"HOME": str(home), MARK.partition("=")[0]: str(HERE)}
-    return subprocess.run(["bash", "-c", command], cwd=home, env=env).returncode
+    codes = []
+    for number in range(int((HERE / "workers").read_text()) if "--worker=all" in words else 1):
+        home = HOMES / f"worker{number}"
+        home.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {"HOME": str(home), MARK.partition("=")[0]: str(HERE)}
+        codes.append(subprocess.run(["bash", "-c", command], cwd=home, env=env).returncode)
+    return max(codes)
 
 
 # ---- buckets -------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def python(words: list[str]) -> int:
     if len(words) == 1:
         return 0
     number, output = Path(words[1]), Path(words[-1].partition("=")[2])
-    number.write_text("0")
+    number.write_text(os.environ["HOME"][-1])
     resumed = (output / "metrics.jsonl").exists()
     entry = planned("run")
     with (output / "metrics.jsonl").open("a") as stream:
@@ -201,6 +206,9 @@ def main(name: str, words: list[str]) -> int:
         return 0
     with (HERE / "calls.jsonl").open("a") as stream:
         stream.write(json.dumps([name, *words]) + "\n")
+    if name == "hostname":
+        print(Path(os.environ["HOME"]).name)
+        return 0
     if name in ("uv", "python"):
         return {"uv": uv, "python": python}[name](words)
     if name in ("xpk", "kubectl"):

@@ -1,7 +1,9 @@
 """tpu_scripts/, against a stand-in for the cloud that records its calls and fails on demand."""
 
+import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -9,7 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ CHIP_HOUR=1.20
 """
 PLACE = ["--project=my-project", "--zone=us-west4-a"]
 RESOURCES = ["gcloud", "compute", "tpus", "queued-resources"]
+VERBS = ("create", "describe", "delete", "ssh", "cp", "ls")
 OUTPUT = "gs://bucket/prompts/runs/xxl"
 ODD = "task={name: mine, input: \"it's {text}\",\n target: '$HOME *'}"
 
@@ -40,12 +43,14 @@ class Cloud:
     def __init__(self, directory: Path):
         self.directory = directory
         self.env_file = directory / "my env"
+        self.started: list[subprocess.Popen[str]] = []
         self.plan()
         self.write_env()
+        (directory / "workers").write_text("1")
         (directory / "buckets/bucket").mkdir(parents=True)
         self.scripts = self._checkout() / "tpu_scripts"
         (directory / "bin").mkdir()
-        for name in ("gcloud", "xpk", "kubectl", "uv", "python"):
+        for name in ("gcloud", "xpk", "kubectl", "uv", "python", "hostname"):
             program = directory / "bin" / name
             program.write_text(
                 f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S "
@@ -74,7 +79,10 @@ class Cloud:
     def plan(self, **verbs: list[object]) -> None:
         """What goes wrong; `ssh_alive` is the verb `ssh alive`."""
         plan = {name.replace("_", " "): entries for name, entries in verbs.items()}
-        (self.directory / "plan.json").write_text(json.dumps(plan))
+        with (self.directory / "plan.json").open("a+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.truncate(0)
+            stream.write(json.dumps(plan))
 
     def environment(self) -> dict[str, str]:
         return {
@@ -90,7 +98,7 @@ class Cloud:
         }
 
     def start(self, script: str, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [self.scripts / script, "--env", self.env_file, *words],
             cwd=self.directory,
             env=self.environment(),
@@ -98,6 +106,8 @@ class Cloud:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        self.started.append(process)
+        return process
 
     def call(self, script: str, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         process = self.start(script, *words)
@@ -109,15 +119,10 @@ class Cloud:
         """The commands a dry run shows, read again as a shell would."""
         shown = self.call(script, "--dry-run", *words).stdout
         assert not self.calls(), "a dry run calls nothing"
-        lexer = shlex.shlex(shown, posix=True, punctuation_chars="\n")
-        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " ", True, ""
-        commands: list[list[str]] = [[]]
-        for word in lexer:
-            if word.strip("\n"):
-                commands[-1].append(word)
-            else:
-                commands.append([])
-        return [command for command in commands if command]
+        lines = re.sub(r"^(printf .*) \| ", r"\1 '|' ", shown, flags=re.M).splitlines()
+        read = 'for line; do eval "words=($line)"; printf "%s\\0" "${words[@]}" ""; done'
+        done = subprocess.run(["bash", "-c", read, "-", *lines], capture_output=True, text=True)
+        return [command.split("\0") for command in done.stdout.split("\0\0")[:-1]]
 
     def calls(self, *start: str) -> list[list[str]]:
         """The recorded calls that start so."""
@@ -137,7 +142,9 @@ class Cloud:
         return self.directory / "buckets/bucket/prompts/runs/xxl" / name
 
     def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in self.bucket("metrics.jsonl").read_text().splitlines()]
+        file = self.bucket("metrics.jsonl")
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     @property
     def state(self) -> str:
@@ -145,14 +152,20 @@ class Cloud:
         return file.read_text() if file.exists() else "ABSENT"
 
     def wait_for(self, path: Path) -> None:
-        for _ in range(400):
-            if path.exists():
+        self.wait_until(path.exists)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(1200):
+            if condition():
                 return
             time.sleep(0.05)
-        raise AssertionError(f"{path} did not come")
+        raise AssertionError("that did not come within a minute")
 
     def end(self) -> None:
-        """Whatever still runs on the workers is killed."""
+        """Whatever still runs, here and on the workers, is killed."""
+        for process in self.started:
+            process.kill()
+            process.communicate()
         command = [sys.executable, "-I", STAND_IN, "end"]
         subprocess.run(command, env=self.environment(), check=True)
 
@@ -309,9 +322,16 @@ def test_run_shows_its_commands(cloud: Cloud, tmp_path: Path):
         "gcloud", "storage", "rsync", str(files), f"{output}/.tpu/files", "--recursive",
         "--delete-unmatched-destination-objects", "--quiet",
     ]  # fmt: skip
-    assert words[:4] == ["gcloud", "storage", "cp", "-"] and words[4].endswith("/words")
-    assert attempt[4] == f"{output}/.tpu/attempt"
-    name = words[4].split("/")[-2]
+    *printed, place, quiet = words
+    assert printed == [
+        "printf", "%s\\0", "train", "x", ODD, "|", "gcloud", "storage", "cp", "-"
+    ]  # fmt: skip
+    name = place.split("/")[-2]
+    assert place == f"{output}/.tpu/{name}/words" and quiet == "--quiet"
+    assert attempt == [
+        "printf", "%s", name, "|", "gcloud", "storage", "cp", "-", f"{output}/.tpu/attempt",
+        "--quiet",
+    ]  # fmt: skip
     assert ssh == workers(f"bash jaxprompt/tpu_scripts/worker start {output} {name}")
 
 
@@ -334,14 +354,10 @@ def test_the_other_scripts_show_their_commands(cloud: Cloud):
 
 def test_supervise_shows_what_it_would_do(cloud: Cloud):
     shown = cloud.dry("supervise", "train", "x", ODD)
-    verbs = [" ".join(command[2:4] if command[1] == "storage" else command[3:5])
-             for command in shown]  # fmt: skip
-    assert verbs == [
-        "queued-resources create", "queued-resources describe", "cp " + shown[2][3],
-        "queued-resources ssh", "cp -", "cp -", "queued-resources ssh",
-        "ls " + OUTPUT + "/.tpu/ATTEMPT/", "queued-resources describe", "queued-resources ssh",
-        "queued-resources delete",
+    assert [verb for command in shown for verb in VERBS if verb in command] == [
+        "create", "describe", "cp", "ssh", "cp", "cp", "ssh", "ls", "describe", "ssh", "delete",
     ]  # fmt: skip
+    assert ["gcloud", "storage", "ls", f"{OUTPUT}/.tpu/ATTEMPT/"] in shown
 
 
 def test_on_gke_xpk_does_it(cloud: Cloud):
@@ -399,7 +415,7 @@ def test_only_one_run_at_a_time(cloud: Cloud):
     for script in ("create", "setup"):
         cloud.call(script)
     cloud.call("run", "train", "x")
-    cloud.wait_for(cloud.directory / "homes/worker/jaxprompt/.process")
+    cloud.wait_for(cloud.directory / "homes/worker0/jaxprompt/.process")
     refused = cloud.call("run", "train", "y", code=1).stderr
     assert "a run goes on here already" in refused and "tpu_scripts/delete" in refused
     assert "a run goes on here already" in cloud.call("setup", code=1).stderr
@@ -413,17 +429,14 @@ def test_a_worker_told_to_stop_leaves_no_sign_but_what_it_wrote(cloud: Cloud):
     for script in ("create", "setup"):
         cloud.call(script)
     cloud.call("run", "train", "x")
-    home = cloud.directory / "homes/worker/jaxprompt"
+    home = cloud.directory / "homes/worker0/jaxprompt"
     cloud.wait_for(home / ".process")
     (pid,) = [
         int(p.name) for p in Path("/proc").glob("[0-9]*")
         if _cmdline(p)[2:3] == ["go"] and str(cloud.directory) in _environ(p)
     ]  # fmt: skip
     os.kill(pid, signal.SIGTERM)
-    for _ in range(200):
-        if not Path(f"/proc/{pid}").exists():
-            break
-        time.sleep(0.05)
+    cloud.wait_until(lambda: not Path(f"/proc/{pid}").exists())
     assert cloud.metrics()[0]["words"] == ["train", "x"]
     assert [name for name in cloud.signs() if not name.endswith(".log")] == ["words"]
     assert "was told to stop" in (home / "run.log").read_text()
@@ -441,6 +454,33 @@ def _environ(process: Path) -> str:
         return (process / "environ").read_bytes().decode(errors="replace")
     except OSError:
         return ""
+
+
+def test_of_several_workers_the_first_one_writes(cloud: Cloud):
+    (cloud.directory / "workers").write_text("2")
+    cloud.plan(run=["long", "long"])
+    for script in ("create", "setup"):
+        cloud.call(script)
+    cloud.call("run", "train", "x")
+    homes = [cloud.directory / f"homes/worker{number}/jaxprompt" for number in (0, 1)]
+    for home in homes:
+        cloud.wait_for(home / ".process")
+        cloud.wait_for(home / "runs/bucket/prompts/runs/xxl/data.txt")
+    (homes[1] / "runs/bucket/prompts/runs/xxl/of_worker_1").write_text("")
+    cloud.wait_for(cloud.bucket("data.txt"))
+    (attempt,) = [p for p in cloud.bucket(".tpu").iterdir() if p.name.startswith("2")]
+    for _ in range(2):  # copies of the second worker: the second one has begun since
+        cloud.wait_for(attempt / "worker1.log")
+        (attempt / "worker1.log").unlink()
+    assert not cloud.bucket("of_worker_1").exists()
+    assert len(cloud.metrics()) == 1
+
+
+def test_a_failure_of_any_worker_is_one_of_the_run(cloud: Cloud):
+    (cloud.directory / "workers").write_text("2")
+    cloud.plan(run=["long", 2])
+    assert "exit code 2" in cloud.call("supervise", "train", "x", code=2).stderr
+    assert cloud.state == "ABSENT" and "failed-2" in cloud.signs()
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -559,13 +599,9 @@ def test_supervise_can_keep_the_machine(cloud: Cloud):
 def test_a_preempted_run_is_created_again_and_resumes(cloud: Cloud):
     cloud.plan(run=["long", "long", 0], describe=["ABSENT"])
     process = cloud.start("supervise", "train", "x")
-    for attempt in (1, 2):
-        for _ in range(600):
-            if cloud.bucket("metrics.jsonl").exists() and len(cloud.metrics()) == attempt:
-                break
-            time.sleep(0.05)
-        plan = json.loads((cloud.directory / "plan.json").read_text())
-        (cloud.directory / "plan.json").write_text(json.dumps(plan | {"describe": ["SUSPENDED"]}))
+    for starts, left in ((1, ["long", 0]), (2, [0])):
+        cloud.wait_until(lambda starts=starts: len(cloud.metrics()) == starts)
+        cloud.plan(run=left, describe=["SUSPENDED"])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert err.count("preempted; creating it again") == 2
@@ -613,10 +649,7 @@ def test_supervise_names_what_it_could_not_delete(cloud: Cloud):
 def test_supervise_that_is_interrupted_names_the_machine_and_can_go_on(cloud: Cloud):
     cloud.plan(run=["long"])
     process = cloud.start("supervise", "train", "x")
-    for _ in range(600):
-        if cloud.bucket("metrics.jsonl").exists():
-            break
-        time.sleep(0.05)
+    cloud.wait_for(cloud.bucket("metrics.jsonl"))
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -649,7 +682,7 @@ def test_setup_packs_the_checkout_with_what_the_workers_need(cloud: Cloud):
     cloud.scripts = SCRIPTS
     for script in ("create", "setup"):
         cloud.call(script)
-    home = cloud.directory / "homes/worker/jaxprompt"
+    home = cloud.directory / "homes/worker0/jaxprompt"
     for name in (
         "pyproject.toml",
         "constraints.txt",
