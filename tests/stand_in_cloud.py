@@ -83,12 +83,12 @@ def describe(words: list[str]) -> int:
         return fail(ERRORS[str(entry)])
     if entry is not None:
         state(str(entry))
-        if entry in ("SUSPENDED", "FAILED"):
+        if entry in ("SUSPENDED", "FAILED", "ABSENT"):
             lose_workers()
     if state() == "ABSENT":
         return fail("ERROR: NOT_FOUND: queued resource not found")
     print(state())
-    on_its_way = state() not in ("ACTIVE", "SUSPENDED", "FAILED")
+    on_its_way = state() not in ("ACTIVE", "SUSPENDED", "FAILED", "DELETING")
     if on_its_way and planned("describe", take=False) is None:
         state("ACTIVE")
     return 0
@@ -97,6 +97,7 @@ def describe(words: list[str]) -> int:
 def delete(words: list[str]) -> int:
     if planned("delete") is not None:
         return fail(ERRORS["unavailable"])
+    state("DELETING")
     lose_workers()
     state("ABSENT")
     return 0
@@ -104,7 +105,7 @@ def delete(words: list[str]) -> int:
 
 def ssh(words: list[str]) -> int:
     command = next(word for word in words if word.startswith("--command=")).partition("=")[2]
-    trouble = planned("ssh alive" if command.endswith("alive") else "ssh")
+    trouble = planned("ssh alive" if "worker alive" in command else "ssh")
     if trouble is not None or state() != "ACTIVE":
         return fail("ssh: connect to host 10.0.0.2 port 22: Connection timed out", 255)
     codes = []

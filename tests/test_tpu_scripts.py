@@ -634,6 +634,33 @@ def test_a_machine_without_sign_of_life_is_replaced(cloud: Cloud):
     assert cloud.count("create") == 2 and cloud.state == "ABSENT"
 
 
+def test_a_machine_preempted_in_setup_counts_as_no_failure(cloud: Cloud):
+    cloud.plan(uv=["full"] * 3, describe=[*["ABSENT"] * 4, "ACTIVE", "SUSPENDED"])
+    err = cloud.call("supervise", "--max-failures", "0", "train", "x").stderr
+    assert "was preempted before it ran" in err
+    assert cloud.count("create") == 2 and cloud.state == "ABSENT"
+
+
+def test_a_machine_that_somebody_deletes_is_not_created_again(cloud: Cloud):
+    cloud.plan(run=["long"])
+    process = cloud.start("supervise", "train", "x")
+    cloud.wait_for(cloud.bucket("metrics.jsonl"))
+    cloud.call("delete")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "was deleted while the run went on" in err
+    assert cloud.count("create") == 1
+
+
+def test_what_is_done_does_not_end_another_run(cloud: Cloud):
+    cloud.call("supervise", "--keep", "train", "x")
+    cloud.plan(run=["long"])
+    cloud.call("run", "train", "y", "output_dir=y")
+    cloud.wait_for(cloud.directory / "homes/worker0/jaxprompt/.process")
+    err = cloud.call("supervise", "train", "x").stderr
+    assert "done already" in err and cloud.state == "ACTIVE" and not cloud.count("delete")
+
+
 def test_supervise_stops_at_a_quota_error(cloud: Cloud):
     cloud.plan(create=["quota"])
     assert "the quota" in cloud.call("supervise", "train", "x", code=2).stderr
@@ -664,9 +691,10 @@ def test_supervise_that_is_interrupted_names_the_machine_and_can_go_on(cloud: Cl
 
 def test_supervise_on_gke_watches_what_xpk_restarts(cloud: Cloud):
     cloud.write_env("PLATFORM=gke", "CLUSTER=mine", "IMAGE=x/y/z")
-    cloud.plan(xpk_workload_list=["", "xxl Finished JobSet failed"])
+    noise = "[XPK] Task: `List Jobs with filter-by-jobs=^xxl$`"
+    cloud.plan(xpk_workload_list=[noise, f"{noise}\nxxl   2026-11-23   Finished   JobSet failed"])
     err = cloud.call("supervise", "train", "x", code=1).stderr
-    assert "xpk gave it up" in err
+    assert "xpk gave it up" in err and len(cloud.calls("xpk", "workload", "list")) == 2
     assert cloud.calls("xpk", "cluster", "delete")
 
 
