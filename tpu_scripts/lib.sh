@@ -59,6 +59,7 @@ begin() {
   read_env "$env_file"
   $dry_run || need_programs
   export TPU_ENV=$env_file
+  exec 3>&2 # a signal may come where the script's own words are sent away
   trap at_exit EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
@@ -224,7 +225,7 @@ at_exit() {
   local code=$?
   [[ -z $staging ]] || rm -rf "$staging"
   if ((code != 0)) && $may_be_billed && ! $dry_run; then
-    say "$(machine) may still be there, and billed; see it with $(quoted "$here/list" --env "$TPU_ENV"), end it with $(delete_command)"
+    say "$(machine) may still be there, and billed; see it with $(quoted "$here/list" --env "$TPU_ENV"), end it with $(delete_command)" 2>&3
   fi
 }
 
