@@ -10,7 +10,6 @@ compilation.
 import argparse
 import dataclasses
 import functools
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from benchmarks.common import (
     Shapes,
     alternate,
     machine,
+    peak_bytes,
     random_batch,
     ratios,
     size_config,
@@ -123,7 +123,7 @@ def first_step(config: T5Config, shapes: Shapes, prompts: int) -> None:
     """What a process of its own does; prints its peak memory in bytes."""
     bank = make_bank(config, init_params(config, jax.random.key(0)), shapes, prompts)
     bank.step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_bytes())
 
 
 def _rows(size: str, shapes: Shapes, args: argparse.Namespace) -> list[list[str]]:

@@ -193,6 +193,16 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def peak_bytes() -> int:
+    """Most memory this process ever held.
+
+    Not `getrusage`, which begins with what the process that started this one held.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(peak.split()[1])
+
+
 def spread(seconds: Sequence[float]) -> str:
     """Median and range: "1.234 s (1.200 - 1.401)"."""
     return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} - {max(seconds):.3f})"

@@ -77,25 +77,43 @@ def counted(config: T5Config, batches: list[Batch]) -> Counted:
 
 
 class Timer:
-    """Runs batches of one way; compiles each of their shapes before the clock starts."""
+    """Runs batches of one way; compiles each of their shapes before the clock starts.
+
+    Attributes:
+      examples: in all the batches.
+      temporaries: bytes that the largest of their programs needs beside its arguments.
+    """
 
     def __init__(self, config: T5Config, batches: list[Batch], slots: int):
         params = init_params(config, jax.random.key(0))
         prompt = np.asarray(jax.random.normal(jax.random.key(1), (slots, config.d_model)))
         step = make_step(config, Compute(), batches[0], params, prompt)
-        self._run = jax.jit(step.run)
         self._state, self._frozen = jax.device_put((step.state, step.frozen))
         self._batches = jax.device_put(batches)
+        run = jax.jit(step.run)
+        programs = {
+            _shape(batch): run.lower(self._state, self._frozen, batch).compile()
+            for batch in self._batches
+        }
+        self._runs = [programs[_shape(batch)] for batch in batches]
         self.examples = sum(int((batch.example_index_BG >= 0).sum()) for batch in batches)
+        self.temporaries = max(
+            program.memory_analysis().temp_size_in_bytes for program in programs.values()
+        )
         self.seconds()
 
     def seconds(self) -> float:
         """Wall clock of all the batches, one after another."""
         start, state = time.perf_counter(), self._state
-        for batch in self._batches:
-            state, _ = self._run(state, self._frozen, batch)
+        for run, batch in zip(self._runs, self._batches, strict=True):
+            state, _ = run(state, self._frozen, batch)
         jax.block_until_ready(state)
         return time.perf_counter() - start
+
+
+def _shape(batch: Batch) -> tuple[int, ...]:
+    parts = (batch.encoder_segments_BS, batch.targets_BT, batch.prompt_index_BG)
+    return tuple(size for part in parts for size in part.shape)
 
 
 def main() -> None:
@@ -124,7 +142,7 @@ def main() -> None:
         name = place.partition("=")[0]
         rows += _rows(name, task_of(place), tokenizer, config, options, args)
     head = ["task", "rows", "positions / example", "in use", "GFLOP / example", "examples/s",
-            "against longest"]  # fmt: skip
+            "against longest", "temporaries GiB"]  # fmt: skip
     print(table(head, rows))
 
 
@@ -148,12 +166,14 @@ def _rows(
     made = {way: [next(stream) for _ in range(args.batches)] for way, stream in streams.items()}
     costs = {way: counted(config, batches) for way, batches in made.items()}
     speeds: dict[str, float] = {}
+    memory = dict.fromkeys(WAYS, "-")
     if args.timed:
         timers = {way: Timer(config, made[way][: args.timed], options.slots) for way in WAYS}
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(args.rounds):
             for way, timer in timers.items():
                 taken[way].append(timer.seconds())
+        memory = {way: f"{timer.temporaries / 2**30:.2f}" for way, timer in timers.items()}
         speeds = {way: timers[way].examples / float(np.median(taken[way])) for way in WAYS}
     return [
         [
@@ -166,6 +186,7 @@ def _rows(
             f"{speeds[way] / speeds['longest']:.2f}"
             if speeds
             else f"{costs['longest'].gflop / cost.gflop:.2f} (FLOP)",
+            memory[way],
         ]
         for way, cost in costs.items()
     ]

@@ -9,7 +9,8 @@ there, the third examples of real lengths: packed here, padded to the longest of
 
 Needs torch and peft, which the project does not. On CPU both run float32 with all cores, and PEFT
 bfloat16 in rows of its own; where torch sees a GPU both run there in bfloat16, PEFT eager and
-compiled.
+compiled. Memory is the peak of a process for each side alone, less what it holds once everything
+is imported.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import dataclasses
 import functools
 import itertools
 import os
-import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ from benchmarks.common import (
     alternate,
     machine,
     make_step,
+    peak_bytes,
     random_batch,
     ratios,
     size_config,
@@ -50,9 +53,10 @@ from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5.config import Compute, T5Config
+from jaxprompt.t5.layers import init_params
 from jaxprompt.t5.model import T5
 from jaxprompt.t5.weights import load_params
-from jaxprompt.typing import Batch
+from jaxprompt.typing import ArrayTree, Batch
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 
@@ -127,11 +131,10 @@ def _peft_inputs(batch: Batch, slots: int, device: str) -> dict[str, torch.Tenso
 
 
 def own_stepper(
-    directory: Path, config: T5Config, compute: Compute, batches: Sequence[Batch],
+    params: ArrayTree, config: T5Config, compute: Compute, batches: Sequence[Batch],
     prompt_PD: np.ndarray, prompts: int = 1,
 ) -> Stepper:  # fmt: skip
-    """This project's step over the weights in `directory`; with several prompts, of all at once."""
-    params = load_params(directory, config, dtype=compute.dtype)
+    """This project's step over frozen weights; with several prompts, of all at once."""
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     if prompts > 1:
         method = PromptBank([SoftPrompt(prompt_PD + number) for number in range(prompts)])
@@ -170,6 +173,7 @@ class Work:
 
     Attributes:
       name: for the table.
+      place: of real examples, as `--data` names it; else empty.
       ours, theirs: batches; PEFT takes each of them `prompts` times.
       slots: P.
       prompts: trained at once here, one after another there.
@@ -178,6 +182,7 @@ class Work:
     """
 
     name: str
+    place: str
     ours: Sequence[Batch]
     theirs: Sequence[Batch]
     slots: int
@@ -190,10 +195,10 @@ def compare(size: str, work: Work, pairs: int) -> list[list[str]]:
 
     On a CPU PEFT runs in float32, and in bfloat16, which some CPUs have instructions for.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    device, dtype = _here()
     config = dataclasses.replace(size_config(size), dropout_rate=0.0)
     variants = [(False, dtype), (device == "cuda", "bfloat16")]
+    own_peak = _peak_of("jaxprompt", size, work.place, dtype)
     rows = []
     for compiled, theirs_dtype in variants:
         torch_model = random_torch(config).to(getattr(torch, dtype))
@@ -207,21 +212,55 @@ def compare(size: str, work: Work, pairs: int) -> list[list[str]]:
                 device,
                 compiled,
             )
-            ours = own_stepper(
-                Path(directory), config, Compute(dtype), work.ours, prompt, work.prompts
-            )
+            params = load_params(Path(directory), config, dtype=dtype)
+            ours = own_stepper(params, config, Compute(dtype), work.ours, prompt, work.prompts)
         first = f"{ours():.4f} / {theirs():.4f}"
         own, peft = alternate(ours, theirs, pairs)
         name = f"{size}, PEFT {theirs_dtype} {'compiled' if compiled else 'eager'}, {work.name}"
-        rows.append([name, str(own), str(peft), *ratios(own, peft, work.more), first])
+        peak = f"{own_peak:.2f} / {_peak_of('PEFT', size, work.place, theirs_dtype):.2f}"
+        rows.append([name, str(own), str(peft), *ratios(own, peft, work.more), peak, first])
     return rows
+
+
+def _here() -> tuple[str, str]:
+    """What both run on, and in which numbers."""
+    return ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+
+
+def _peak_of(side: str, size: str, place: str, dtype: str) -> float:
+    """GiB at most of a process that takes two steps of one side, above its imports."""
+    options = [*sys.argv[1:], "--sizes", size, "--peak-of", side, dtype]
+    if place:
+        options += ["--data", place]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.vs_peft", *options],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+def one_side(side: str, dtype: str, size: str, work: Work) -> None:
+    """Two steps of one side, and the peak of memory that they need, printed."""
+    before, (device, _) = peak_bytes(), _here()
+    config = dataclasses.replace(size_config(size), dropout_rate=0.0)
+    if side == "PEFT":
+        model = random_torch(config).to(getattr(torch, dtype))
+        batches = list(work.theirs) * work.prompts
+        step, _ = peft_stepper(model, config, work.slots, batches, device, False)
+    else:
+        params = init_params(config, jax.random.key(0), dtype)
+        prompt = np.zeros((work.slots, config.d_model), np.float32)
+        step = own_stepper(params, config, Compute(dtype), work.ours, prompt, work.prompts)
+    step()
+    step()
+    print((peak_bytes() - before) / 2**30)
 
 
 def full_rows(size: str, shapes: Shapes, prompts: int) -> Work:
     """One batch of full rows, for one prompt or several."""
     batch = random_batch(size_config(size), shapes)
     name = "full rows" if prompts == 1 else f"{prompts} prompts"
-    return Work(name, [batch], [batch], shapes.slots, prompts)
+    return Work(name, "", [batch], [batch], shapes.slots, prompts)
 
 
 def real_rows(
@@ -239,12 +278,7 @@ def real_rows(
         ours.append(next(packed))
     count = sum(int((batch.example_index_BG >= 0).sum()) for batch in ours)
     name = f"{place.partition('=')[0]}: {count} examples packed, {wanted} padded"
-    return Work(name, ours, theirs, slots, more=count / wanted)
-
-
-def peak_gib() -> float:
-    """Most memory this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    return Work(name, place, ours, theirs, slots, more=count / wanted)
 
 
 def main() -> None:
@@ -264,6 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--keep-pages", action="store_true", help="as commands do on CPU, in both frameworks"
     )
+    parser.add_argument("--peak-of", nargs=2, metavar=("SIDE", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     kept = args.keep_pages and allocator.keep_pages()  # before either has threads
     shapes = Shapes(args.rows, args.tokens, args.slots, args.targets)
@@ -281,11 +316,13 @@ def main() -> None:
             real_rows(place, args.vocabulary, args.split, shapes.slots, shapes.rows, args.batches)
             for place in args.data
         ] or [full_rows(size, shapes, args.prompts)]
+        if args.peak_of:
+            one_side(*args.peak_of, size, works[0])
+            return
         rows += [row for work in works for row in compare(size, work, args.pairs)]
-    print(f"peak memory of the process, both sides: {peak_gib():.2f} GiB\n")
     head = [
         "backbone", "jaxprompt", "PEFT", "PEFT / jaxprompt: medians", "middle half of pairs",
-        "best", "processor time", "first loss",
+        "best", "processor time", "memory GiB, jaxprompt / PEFT", "first loss",
     ]  # fmt: skip
     print(table(head, rows))
 

@@ -39,7 +39,7 @@ def kind_of(name: str) -> type:
     return PretrainConfig if name.startswith("pretrain/") else RunConfig
 
 
-SWEEPS = {"sweep": 6, "paper": 18}
+SWEEPS = {"sweep": 6} | {f"paper/{size}": 18 for size in ("small", "base", "large", "xl", "xxl")}
 SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SWEEPS]
 
 

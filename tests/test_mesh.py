@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from run_fixtures import World, compiled, losses, make_world, records, run_mapping, write_backbone
 
 from jaxprompt import trees
@@ -84,6 +85,12 @@ def test_weights_divided_over_data_train_the_same(
         parts = data if "embed" in specs[path].axes else 1
         parts *= model if {"heads", "mlp", "vocab"} & {*specs[path].axes} else 1
         assert leaf.addressable_shards[0].data.size * parts == leaf.size, path
+
+
+@pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="this flax has one mode only")
+def test_tree_mode_trains_the_same_on_a_mesh(world: World, on_one: Path, tmp_path: Path):
+    with nnx.set_graph_mode(False):
+        assert_same(run(world, tmp_path / "run", 2, 4), on_one)
 
 
 def test_a_run_goes_on_with_its_rows_on_another_mesh(world: World, tmp_path: Path):

@@ -717,7 +717,7 @@ def test_setup_packs_the_checkout_with_what_the_workers_need(cloud: Cloud):
         "README.md",
         "LICENSE",
         "jaxprompt/cli.py",
-        "configs/paper.yaml",
+        "configs/paper/large.yaml",
         "tpu_scripts/worker",
         "tpu_scripts/join.py",
     ):
