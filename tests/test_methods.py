@@ -27,7 +27,7 @@ PARAMS = tiny.make_params()
 Oracle = Callable[[dict[str, np.ndarray], MethodConfig], np.ndarray]
 
 
-# ---- the formulas, transcribed --------------------------------------------------------------------
+# ---- the formulas, transcribed -------------------------------------------------------------------
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -150,7 +150,7 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
 }
 
 
-# ---- what all go through --------------------------------------------------------------------------
+# ---- what all go through -------------------------------------------------------------------------
 
 
 def inputs_of(batch: Batch, keys: jax.Array | None = None) -> MethodInputs:
