@@ -7,7 +7,7 @@ recipe what the user left open; `jaxprompt recipes` prints the table.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,8 @@ class Recipe:
       start_step: adafactor: t of the first update.
       factored: adafactor: row and column means for the second moment where both sizes >= 128.
       beta1, beta2, epsilon: adamw.
+      learning_rates: rates of parameters by name, such as {"right": 0.001} of DePT, in place of
+        `learning_rate`; schedule and warm-up are the same.
       length, init, init_low, init_high: of the prompt; the last two bound its init "uniform".
       batch_size, steps, dropout, z_loss: of the run.
     """
@@ -61,6 +63,7 @@ class Recipe:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
     length: int = 100
     init: str = "labels"
     init_low: float = -0.5
@@ -89,6 +92,7 @@ class OptimConfig:
     beta1: float | None = None
     beta2: float | None = None
     epsilon: float | None = None
+    learning_rates: dict[str, float] | None = None
 
 
 RECIPES: dict[str, Recipe] = {
@@ -122,6 +126,54 @@ RECIPES: dict[str, Recipe] = {
         schedule="linear",
         warmup_steps=500,
         weight_decay=1e-5,
+        init="vocab",
+    ),
+    "residual": Recipe(
+        summary="residual prompt tuning",
+        source="arazd/ResidualPrompts, the code's defaults; it counts 20 epochs",
+        optimizer="adamw",
+        learning_rate=0.3,
+        weight_decay=1e-5,
+        init="vocab",
+        batch_size=8,
+    ),
+    "p-tuning-v2": Recipe(
+        summary="keys and values of their own, no network",
+        source="THUDM/P-tuning-v2, rates 5e-3 to 7e-3 by task",
+        optimizer="adamw",
+        learning_rate=5e-3,
+        schedule="linear",
+        init="vocab",
+    ),
+    "prefix": Recipe(
+        summary="prefix tuning through its network",
+        source="XiangLi1999/PrefixTuning, the code's defaults; it counts 30 epochs",
+        optimizer="adamw",
+        learning_rate=5e-5,
+        schedule="linear",
+        init="vocab",
+    ),
+    "dept": Recipe(
+        summary="DePT and ADePT: the low-rank part slower than the prompt",
+        source="ZhengxiangShi/DePT: prompt 0.3 to 0.4, low rank 1e-4 to 5e-3; 500 steps of warm-up",
+        optimizer="adamw",
+        learning_rate=0.3,
+        schedule="linear",
+        warmup_steps=500,
+        weight_decay=1e-5,
+        learning_rates={"left": 5e-4, "left_bias": 5e-4, "right": 5e-4, "right_bias": 5e-4},
+        init="vocab",
+        batch_size=16,
+    ),
+    "smop": Recipe(
+        summary="SMoP",
+        source="jyjohnchoi/SMoP: rate 0.5, 6 % of the steps (here of 30,000) as warm-up, decay "
+        "1e-5 times the rate; it counts 50 epochs",
+        optimizer="adafactor",
+        learning_rate=0.5,
+        schedule="linear",
+        warmup_steps=1_800,
+        weight_decay=5e-6,
         init="vocab",
     ),
     "model-tuning": Recipe(
@@ -191,6 +243,9 @@ def resolve(config: OptimConfig) -> Recipe:
     recipe = dataclasses.replace(RECIPES[config.recipe], **given)
     _known("optim.optimizer", recipe.optimizer, OPTIMIZERS)
     _known("optim.schedule", recipe.schedule, SCHEDULES)
+    for name, rate in recipe.learning_rates.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise UserError(f"optim.learning_rates.{name} is {rate}; it should be above 0")
     for name, (test, right) in _RANGES.items():
         value = getattr(recipe, name)
         if not (math.isfinite(value) and test(value)):
@@ -214,10 +269,15 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     recipe = resolve(config)
     warmup = _warmup(config, recipe, total_steps)
 
-    def schedule(step: jax.typing.ArrayLike) -> Array:
-        return jnp.asarray(_rate(recipe, warmup, total_steps, step, jnp), jnp.float32)
+    def of(rate: float) -> optax.GradientTransformation:
+        def schedule(step: jax.typing.ArrayLike) -> Array:
+            scaled = rate / recipe.learning_rate * _rate(recipe, warmup, total_steps, step, jnp)
+            return jnp.asarray(scaled, jnp.float32)
 
-    each = _per_tensor(_BUILDERS[recipe.optimizer](recipe, schedule))
+        return _BUILDERS[recipe.optimizer](recipe, schedule)
+
+    own = {name: of(rate) for name, rate in recipe.learning_rates.items()}
+    each = _per_tensor(of(recipe.learning_rate), own, tuple(config.learning_rates or ()))
     if recipe.clip_norm:
         return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), each)
     return each
@@ -304,18 +364,37 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def _per_tensor(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on every leaf alone, and on every layer of a stacked leaf alone.
+def _per_tensor(
+    rest: optax.GradientTransformation,
+    own: Mapping[str, optax.GradientTransformation],
+    wanted: Sequence[str],
+) -> optax.GradientTransformation:
+    """Runs a transformation on every leaf alone, and on every layer of a stacked leaf alone.
 
-    The state is {path of the leaf: state of `inner`}, with a leading layer axis for stacked leaves.
+    The state is {path of the leaf: its state}, with a leading layer axis for stacked leaves.
+
+    Args:
+      own: by the last word of a leaf's path; `rest` takes the others.
+      wanted: words that have to be there.
     """
+
+    def inner(path: str) -> optax.GradientTransformation:
+        return own.get(path.rpartition("/")[2], rest)
 
     def apply(function: Callable[..., Any], path: str, *trees_: Any) -> Any:
         function = jax.vmap(function) if _STACKED in path.split("/") else function
         return function(*trees_)
 
     def init(params: ArrayTree) -> dict[str, Any]:
-        return {path: apply(inner.init, path, leaf) for path, leaf in trees.flatten(params).items()}
+        leaves = trees.flatten(params)
+        names = {path.rpartition("/")[2] for path in leaves}
+        for name in wanted:
+            if name not in names:
+                raise UserError(
+                    f"optim.learning_rates names {name!r}; what is trained is called "
+                    f"{', '.join(sorted(names))}"
+                )
+        return {path: apply(inner(path).init, path, leaf) for path, leaf in leaves.items()}
 
     def update(
         grads: ArrayTree, state: dict[str, Any], params: ArrayTree | None = None
@@ -324,7 +403,7 @@ def _per_tensor(inner: optax.GradientTransformation) -> optax.GradientTransforma
             raise ValueError("the optimizer needs the parameters beside their gradients")
         leaves = trees.flatten(params)
         results = {
-            path: apply(inner.update, path, grad, state[path], leaves[path])
+            path: apply(inner(path).update, path, grad, state[path], leaves[path])
             for path, grad in trees.flatten(grads).items()
         }
         updates = trees.unflatten({path: result[0] for path, result in results.items()})

@@ -5,7 +5,7 @@ Methods never see the backbone's module; they get embeddings to read and hand ba
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from flax import nnx
@@ -110,9 +110,11 @@ class PromptMethod(nnx.Module):
 
     Attributes:
       constants: names of the values that are kept as they are.
+      config: its options.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
+    config: Any
 
     def __init__(self, values: Values, config: MethodConfig):
         """Args: values: arrays by name, float32 whatever the backbone's dtype."""
@@ -120,6 +122,10 @@ class PromptMethod(nnx.Module):
         for name, value in values.items():
             kind = Constant if name in self.constants else PromptParam
             setattr(self, name, kind(value))
+
+    def __getitem__(self, name: str) -> Array:
+        """One of its values."""
+        return getattr(self, name)[...]
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """Prompt values for a batch; shapes as `typing.PromptValues` says."""

@@ -65,11 +65,11 @@ class DeptPrompt(PromptMethod):
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [1, P, D] and input_delta [B, S, D]."""
         config = self.config
-        changes_LD = config.alpha * config.rank**-0.5 * (self.left[...] @ self.right[...])
+        changes_LD = config.alpha * config.rank**-0.5 * (self["left"] @ self["right"])
         place_BS = text_positions(inputs)
         inside_BS = (place_BS >= 0) & (place_BS < config.positions)
         delta_BSD = jnp.where(inside_BS[..., None], changes_LD[place_BS], 0)
-        return PromptValues(encoder=self.prompt[...][None], input_delta=delta_BSD)
+        return PromptValues(encoder=self["prompt"][None], input_delta=delta_BSD)
 
 
 class AdeptPrompt(PromptMethod):
@@ -78,10 +78,10 @@ class AdeptPrompt(PromptMethod):
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [1, P, D] and input_delta [B, S, D]."""
         embeds_BSD = inputs.embeds_BSD.astype(jnp.float32)
-        hidden = jax.nn.relu(embeds_BSD @ self.left[...] + self.left_bias[...])
-        delta_BSD = hidden @ self.right[...] + self.right_bias[...]
+        hidden = jax.nn.relu(embeds_BSD @ self["left"] + self["left_bias"])
+        delta_BSD = hidden @ self["right"] + self["right_bias"]
         delta_BSD = jnp.where(is_token(inputs)[..., None], delta_BSD, 0)
-        return PromptValues(encoder=self.prompt[...][None], input_delta=delta_BSD)
+        return PromptValues(encoder=self["prompt"][None], input_delta=delta_BSD)
 
 
 def _dept_initial(key: Array, config: DeptConfig, context: InitContext) -> dict[str, np.ndarray]:

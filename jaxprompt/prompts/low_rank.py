@@ -7,7 +7,7 @@ approximation of rank `rank` to what `init` gives, so that every init means what
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ class ProductPrompt(PromptMethod):
 
     def rows(self) -> Array:
         """[P, D]."""
-        return self.left[...] @ self.right[...]
+        return self["left"] @ self["right"]
 
 
 class NarrowPrompt(PromptMethod):
@@ -89,7 +89,7 @@ class NarrowPrompt(PromptMethod):
     def rows(self) -> Array:
         """[P, D]."""
         act = ACTIVATIONS[self.config.activation]
-        return act(self.first[...] @ self.left[...]) @ self.right[...]
+        return act(self["first"] @ self["left"]) @ self["right"]
 
 
 def _product(key: Array, config: DptConfig, context: InitContext) -> dict[str, np.ndarray]:
@@ -109,7 +109,7 @@ def _narrow(key: Array, config: LoptConfig, context: InitContext) -> dict[str, n
     }
 
 
-def _make_lopt(values: Values, config: LoptConfig) -> PromptMethod:
+def _make_lopt(values: Values, config: Any) -> ProductPrompt | NarrowPrompt:
     return (ProductPrompt if config.variant == 1 else NarrowPrompt)(values, config)
 
 

@@ -69,7 +69,7 @@ class SmopPrompt(PromptMethod):
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [B * G, P, D]."""
-        logits_BGN = mean_embeddings(inputs) @ self.router[...]
+        logits_BGN = mean_embeddings(inputs) @ self["router"]
         if inputs.keys_B is not None and self.config.noise:
             size = logits_BGN.shape[1:]
             drawn_BGN = jax.vmap(lambda key: jax.random.normal(key, size))(inputs.keys_B)
@@ -77,7 +77,7 @@ class SmopPrompt(PromptMethod):
         shares_BGN = jax.nn.softmax(logits_BGN)
         best_BG = jnp.argmax(shares_BGN, axis=-1)
         share_BG = jnp.take_along_axis(shares_BGN, best_BG[..., None], -1)[..., 0]
-        picked = self.prompts[...][best_BG] * share_BG[..., None, None]
+        picked = self["prompts"][best_BG] * share_BG[..., None, None]
         return PromptValues(
             encoder=picked.reshape(-1, *picked.shape[2:]), prompt_index_BG=each_segment(inputs)
         )
@@ -88,11 +88,9 @@ class PtMoePrompt(PromptMethod):
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [B * G, P, D]."""
-        shares_BGN = jax.nn.softmax(
-            mean_embeddings(inputs) @ self.router[...] + self.router_bias[...]
-        )
-        left = jnp.einsum("bgn,npr->bgpr", shares_BGN, self.left[...])
-        made = left @ self.right[...]
+        shares_BGN = jax.nn.softmax(mean_embeddings(inputs) @ self["router"] + self["router_bias"])
+        left = jnp.einsum("bgn,npr->bgpr", shares_BGN, self["left"])
+        made = left @ self["right"]
         return PromptValues(
             encoder=made.reshape(-1, *made.shape[2:]), prompt_index_BG=each_segment(inputs)
         )
@@ -127,7 +125,7 @@ def _moe_parameters(config: PtMoeConfig, sizes: Sizes) -> int:
 
 SMOP = MethodInfo(
     formula="p_i P_i with i = argmax p, p = softmax(W mean E(X)), of prompts prompts",
-    paper="Choi et al. 2023, EMNLP (SMoP)",
+    paper="Choi et al. 2023, EMNLP, doi 10.18653/v1/2023.emnlp-main.884",
     cost="length more positions, one matrix-vector product",
     config=SmopConfig,
     make=SmopPrompt,

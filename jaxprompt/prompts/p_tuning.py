@@ -56,7 +56,7 @@ class PTuning(PromptMethod):
 
     def rows(self) -> Array:
         """What the network makes of the vectors, [P, D]."""
-        x = self.prompt[...]
+        x = self["prompt"]
         if self.config.encoder == "lstm":
             for layer in range(self.config.layers):
                 x = jnp.concatenate(
@@ -64,18 +64,15 @@ class PTuning(PromptMethod):
                 )
         linears = range(_linears(self.config))
         for number in linears:
-            x = x @ self._value(f"linear_{number}") + self._value(f"linear_{number}_bias")
+            x = x @ self[f"linear_{number}"] + self[f"linear_{number}_bias"]
             x = jax.nn.relu(x) if number < linears[-1] else x
         return x
-
-    def _value(self, name: str) -> Array:
-        return getattr(self, name)[...]
 
     def _pass(self, x_PD: Array, layer: int, direction: str) -> Array:
         """One direction of an LSTM layer: [P, D] -> [P, h]; gates in torch's order i, f, g, o."""
         name = f"lstm_{layer}_{direction}"
-        gates_P4H = x_PD @ self._value(f"{name}_input") + self._value(f"{name}_bias")
-        recurrent = self._value(f"{name}_hidden")
+        gates_P4H = x_PD @ self[f"{name}_input"] + self[f"{name}_bias"]
+        recurrent = self[f"{name}_hidden"]
 
         def step(carry: tuple[Array, Array], gates_4H: Array) -> tuple:
             hidden, cell = carry

@@ -5,6 +5,7 @@ own: the encoder's, the decoder's, and the decoder's over the encoder (cross).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,15 +55,17 @@ class PTuningV2(PromptMethod):
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """Keys and values with Q = 1."""
         pairs = {
-            place: tuple(getattr(self, name)[...][:, None] for name in names_of(place))
+            place: (self[keys][:, None], self[values][:, None])
             for place in self.config.places
+            for keys, values in [names_of(place)]
         }
         return prompt_values(pairs)
 
 
 def prompt_values(pairs: dict[str, tuple[Array, Array]]) -> PromptValues:
     """Prompt values of keys and values [N, Q, P, H, K] by place."""
-    return PromptValues(**{PLACES[place]: KeysValues(*pair) for place, pair in pairs.items()})
+    made: dict[str, Any] = {PLACES[place]: KeysValues(*pair) for place, pair in pairs.items()}
+    return PromptValues(**made)
 
 
 def names_of(place: str) -> tuple[str, str]:

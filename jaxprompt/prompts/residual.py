@@ -56,19 +56,19 @@ class ResidualPrompt(PromptMethod):
 
     def rows(self) -> Array:
         """P' = P + Phi(P), [P, D]."""
-        prompt_PD = self.prompt[...]
+        prompt_PD = self["prompt"]
         # weights are [1 or P, ...]: one network for all slots, or one each
-        hidden = jnp.einsum("pd,pdm->pm", prompt_PD, self._of_each(self.down)) + self.down_bias[...]
+        hidden = jnp.einsum("pd,pdm->pm", prompt_PD, self._of_each("down")) + self["down_bias"]
         hidden = jax.nn.relu(hidden)
-        added = jnp.einsum("pm,pmd->pd", hidden, self._of_each(self.up)) + self.up_bias[...]
+        added = jnp.einsum("pm,pmd->pd", hidden, self._of_each("up")) + self["up_bias"]
         if self.config.layer_norm:
             added = added - added.mean(-1, keepdims=True)
             added = added * jax.lax.rsqrt(jnp.mean(added**2, -1, keepdims=True) + _EPSILON)
-            added = added * self.scale[...] + self.bias[...]
+            added = added * self["scale"] + self["bias"]
         return prompt_PD + added
 
-    def _of_each(self, weights) -> Array:
-        array = weights[...]
+    def _of_each(self, name: str) -> Array:
+        array = self[name]
         return jnp.broadcast_to(array, (self.config.length, *array.shape[1:]))
 
 

@@ -16,14 +16,12 @@ from jaxprompt.typing import Array, PromptValues
 class SoftPrompt(PromptMethod):
     """P trained vectors of size D."""
 
-    prompt: Array
-
     def __init__(self, prompt_PD: Array):
         super().__init__({"prompt": prompt_PD}, MethodConfig())
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder = prompt [1, P, D]."""
-        return PromptValues(encoder=self.prompt[...][None])
+        return PromptValues(encoder=self["prompt"][None])
 
 
 def folded(prompt_PD: Array, config: MethodConfig) -> Folded:

@@ -43,7 +43,7 @@ class SuperposPrompt(PromptMethod):
 
     def rows(self) -> Array:
         """[P, D]."""
-        return self.weights[...] @ self.rows_of_table[...]
+        return self["weights"] @ self["rows_of_table"]
 
 
 def _initial(key: Array, config: SuperposConfig, context: InitContext) -> dict[str, np.ndarray]:
