@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 from method_cases import CASES, config_of, context_of, examples_of, make, shaken
+from run_fixtures import compiled
 
-from jaxprompt import trees
+from jaxprompt import steps, trees
 from jaxprompt.losses import cross_entropy, segment_sums
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts import METHODS, MethodConfig, MethodInputs, NoPrompt, PromptMethod
@@ -20,6 +21,8 @@ from jaxprompt.t5.config import Compute
 from jaxprompt.t5.model import T5
 from jaxprompt.t5.search import Search
 from jaxprompt.typing import Batch, PromptValues, UserError
+
+__all__ = ["compiled"]  # fixture
 
 CONFIG = tiny.CONFIG
 LOOP = Compute(scan_unroll=1)
@@ -160,6 +163,13 @@ def inputs_of(batch: Batch, keys: jax.Array | None = None) -> MethodInputs:
     )
 
 
+def values_of(method: PromptMethod, inputs: MethodInputs) -> PromptValues:
+    graphdef, trained, constants = trees.split(method)
+    fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    run = jax.jit(lambda *parts, fields: trees.merge(graphdef, *parts)(MethodInputs(**fields)))
+    return run(trained, constants, fields=fields)
+
+
 def packed(case: str, prompt: int = 0) -> Batch:
     examples = examples_of(case, 5, prompt=prompt)
     return tiny.make_batch([examples[:3], examples[3:]], 32, 12, 3)
@@ -243,7 +253,8 @@ class TestEveryMethod:
     def test_it_is_its_formula(self, case: str):
         config, batch = config_of(case), packed(case)
         v = {name: np.asarray(value, np.float64) for name, value in shaken(config).items()}
-        assert_values(case, make(case)(inputs_of(batch)), v, config, batch)
+        values = values_of(make(case), inputs_of(batch))
+        assert_values(case, values, v, config, batch)
 
     def test_every_trained_array_gets_a_gradient(self, case: str):
         _, grads = losses(make(case), packed(case))
@@ -283,27 +294,22 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("beams", [1, 3])
     def test_cached_decoding_goes_on_as_the_forward_pass_does(self, case: str, beams: int):
-        """Each answer's tokens are scored again with teacher forcing: the same sum."""
-        examples = [dataclasses.replace(e, target=[5]) for e in examples_of(case, 3)]
-        batch = tiny.make_batch([[example] for example in examples], 14, 1, 1)
-        model = PromptedT5(T5(CONFIG, PARAMS, LOOP), make(case))
-        search = Search(4, num_beams=beams, length_penalty=0.0)
-        found = model.generate(batch, search.rules)
-        ids_BT = np.asarray(found.ids_BT)
-        answered = [
-            dataclasses.replace(e, target=ids[: _end(ids)].tolist())
-            for e, ids in zip(examples, ids_BT, strict=True)
-        ]
-        whole = tiny.make_batch([[example] for example in answered], 14, 4, 1)
-        logits_BTV = np.asarray(model(whole))
+        """What is generated is scored again with teacher forcing: the same log-likelihood."""
+        examples = examples_of(case, 3)
+        graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), make(case)))
+        batch = tiny.make_batch([[replaced(e, [5])] for e in examples], 14, 1, 1)
+        search = Search(4, num_beams=beams)
+        run = jax.jit(steps.generate, static_argnums=0)
+        found = run(graphdef, trained, frozen, batch, rules=search.rules)
+        said = [ids[: _end(ids)].tolist() for ids in np.asarray(found.ids_BT)]
+        whole = tiny.make_batch([[replaced(*both)] for both in zip(examples, said, strict=True)],
+                                14, 4, 1)  # fmt: skip
+        logits_BTV = jax.jit(steps.logits, static_argnums=0)(graphdef, trained, frozen, whole)
+        loss_BT = cross_entropy(logits_BTV, jnp.asarray(whole.targets_BT)) * whole.loss_weights_BT
+        np.testing.assert_allclose(-loss_BT.sum(1), found.log_likelihood_B, atol=2e-5, rtol=1e-5)
         if beams == 1:
-            for b, example in enumerate(answered):
-                length = len(example.target)
-                assert logits_BTV[b, :length].argmax(-1).tolist() == list(example.target)
-        else:
-            single = model.generate(batch, Search(4).rules)
-            assert (_sums(model, examples, ids_BT) >= _sums(model, examples, np.asarray(
-                single.ids_BT)) - 1e-4).all()  # fmt: skip
+            first_B = np.asarray(logits_BTV)[:, 0].argmax(-1)
+            assert first_B.tolist() == [ids[0] for ids in said]
 
     def test_it_reads_back_from_a_mapping(self, case: str):
         from jaxprompt import schema
@@ -318,14 +324,8 @@ def _end(ids: np.ndarray) -> int:
     return int(ends[0]) + 1 if len(ends) else len(ids)
 
 
-def _sums(model: PromptedT5, examples: list, ids_BT: np.ndarray) -> np.ndarray:
-    answered = [
-        dataclasses.replace(e, target=ids[: _end(ids)].tolist())
-        for e, ids in zip(examples, ids_BT, strict=True)
-    ]
-    batch = tiny.make_batch([[example] for example in answered], 14, ids_BT.shape[1], 1)
-    loss_BT = cross_entropy(model(batch), jnp.asarray(batch.targets_BT)) * batch.loss_weights_BT
-    return -np.asarray(loss_BT).sum(1)
+def replaced(example: tiny.Example, target: list[int]) -> tiny.Example:
+    return dataclasses.replace(example, target=target)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -345,8 +345,8 @@ def test_smop_draws_in_training_only():
     """Logits times (1 + e): another choice or share with a key, the same without."""
     batch, method = packed("smop"), make("smop")
     keys = jax.random.split(jax.random.key(0), 2)
-    still, again = method(inputs_of(batch)), method(inputs_of(batch))
-    drawn = method(inputs_of(batch, keys))
+    still, again = values_of(method, inputs_of(batch)), values_of(method, inputs_of(batch))
+    drawn = values_of(method, inputs_of(batch, keys))
     np.testing.assert_array_equal(still.encoder, again.encoder)
     assert not np.allclose(still.encoder, drawn.encoder)
     assert METHODS["smop"].draws(config_of("smop"))

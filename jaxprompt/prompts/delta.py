@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxprompt.prompts.base import MethodConfig, MethodInfo, MethodInputs, PromptMethod
 from jaxprompt.prompts.init import InitContext, initial_rows, linear
+from jaxprompt.prompts.networks import affine
 from jaxprompt.prompts.reading import is_token, text_positions
 from jaxprompt.typing import Array, PromptValues
 
@@ -78,8 +79,8 @@ class AdeptPrompt(PromptMethod):
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [1, P, D] and input_delta [B, S, D]."""
         embeds_BSD = inputs.embeds_BSD.astype(jnp.float32)
-        hidden = jax.nn.relu(embeds_BSD @ self["left"] + self["left_bias"])
-        delta_BSD = hidden @ self["right"] + self["right_bias"]
+        hidden = jax.nn.relu(affine(embeds_BSD, self["left"], self["left_bias"]))
+        delta_BSD = affine(hidden, self["right"], self["right_bias"])
         delta_BSD = jnp.where(is_token(inputs)[..., None], delta_BSD, 0)
         return PromptValues(encoder=self["prompt"][None], input_delta=delta_BSD)
 

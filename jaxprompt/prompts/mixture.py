@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxprompt.prompts.base import MethodConfig, MethodInfo, MethodInputs, PromptMethod, Sizes
 from jaxprompt.prompts.init import InitContext, factors, initial_rows, linear
+from jaxprompt.prompts.networks import affine
 from jaxprompt.prompts.reading import each_segment, mean_embeddings
 from jaxprompt.typing import Array, PromptValues, UserError
 
@@ -69,7 +70,7 @@ class SmopPrompt(PromptMethod):
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [B * G, P, D]."""
-        logits_BGN = mean_embeddings(inputs) @ self["router"]
+        logits_BGN = jnp.matmul(mean_embeddings(inputs), self["router"])
         if inputs.keys_B is not None and self.config.noise:
             size = logits_BGN.shape[1:]
             drawn_BGN = jax.vmap(lambda key: jax.random.normal(key, size))(inputs.keys_B)
@@ -88,9 +89,10 @@ class PtMoePrompt(PromptMethod):
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """encoder [B * G, P, D]."""
-        shares_BGN = jax.nn.softmax(mean_embeddings(inputs) @ self["router"] + self["router_bias"])
+        means_BGD = mean_embeddings(inputs)
+        shares_BGN = jax.nn.softmax(affine(means_BGD, self["router"], self["router_bias"]))
         left = jnp.einsum("bgn,npr->bgpr", shares_BGN, self["left"])
-        made = left @ self["right"]
+        made = jnp.matmul(left, self["right"])
         return PromptValues(
             encoder=made.reshape(-1, *made.shape[2:]), prompt_index_BG=each_segment(inputs)
         )

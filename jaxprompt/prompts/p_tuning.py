@@ -22,6 +22,7 @@ from jaxprompt.prompts.base import (
     Values,
 )
 from jaxprompt.prompts.init import InitContext, initial_rows, linear
+from jaxprompt.prompts.networks import affine
 from jaxprompt.prompts.soft import folded
 from jaxprompt.typing import Array, PromptValues
 
@@ -64,14 +65,14 @@ class PTuning(PromptMethod):
                 )
         linears = range(_linears(self.config))
         for number in linears:
-            x = x @ self[f"linear_{number}"] + self[f"linear_{number}_bias"]
+            x = affine(x, self[f"linear_{number}"], self[f"linear_{number}_bias"])
             x = jax.nn.relu(x) if number < linears[-1] else x
         return x
 
     def _pass(self, x_PD: Array, layer: int, direction: str) -> Array:
         """One direction of an LSTM layer: [P, D] -> [P, h]; gates in torch's order i, f, g, o."""
         name = f"lstm_{layer}_{direction}"
-        gates_P4H = x_PD @ self[f"{name}_input"] + self[f"{name}_bias"]
+        gates_P4H = affine(x_PD, self[f"{name}_input"], self[f"{name}_bias"])
         recurrent = self[f"{name}_hidden"]
 
         def step(carry: tuple[Array, Array], gates_4H: Array) -> tuple:

@@ -19,6 +19,7 @@ from jaxprompt.prompts.base import (
     Values,
 )
 from jaxprompt.prompts.init import InitContext, linear
+from jaxprompt.prompts.networks import affine
 from jaxprompt.prompts.p_tuning_v2 import (
     KeysValuesConfig,
     layers_of,
@@ -65,7 +66,7 @@ class PrefixTuning(PromptMethod):
 
     def _pair(self, place: str) -> tuple[Array, Array]:
         prompt_PD, up, up_bias, out, out_bias = (getattr(self, name)[...] for name in _names(place))
-        hidden_PM = jnp.tanh(prompt_PD @ up + up_bias)
+        hidden_PM = jnp.tanh(affine(prompt_PD, up, up_bias))
         made = jnp.einsum("pm,mcnhk->cnphk", hidden_PM, out) + out_bias[:, :, None]
         return made[0], made[1]
 
