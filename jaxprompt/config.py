@@ -16,9 +16,10 @@ from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig, read_task
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
-from jaxprompt.optim import RECIPES, OptimConfig, resolve
+from jaxprompt.optim import OptimConfig, resolve
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.base import MethodConfig
+from jaxprompt.recipes import RECIPES
 from jaxprompt.schema import dump
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.config import Compute, T5Config

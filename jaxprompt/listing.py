@@ -59,8 +59,8 @@ def _print_methods(args: argparse.Namespace) -> None:
 
 
 def _recipes() -> Lines:
-    optim = importlib.import_module("jaxprompt.optim")
-    return {name: optim.describe(name).removeprefix(f"{name}: ") for name in optim.RECIPES}
+    recipes = importlib.import_module("jaxprompt.recipes")
+    return {name: recipes.describe(name).removeprefix(f"{name}: ") for name in recipes.RECIPES}
 
 
 def _backbones() -> Lines:
