@@ -22,6 +22,17 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def methods_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt methods`."""
+    parser.add_argument(
+        "--backbone",
+        metavar="B",
+        default="jaxprompt-mini",
+        help="directory or hub name to count trained parameters for (jaxprompt-mini)",
+    )
+    json_argument(parser)
+
+
 def positive(text: str) -> int:
     """A whole number above 0, as an argument's type."""
     if not text.isdecimal() or int(text) < 1:

@@ -20,6 +20,7 @@ from jaxprompt.arguments import (
     convert_arguments,
     import_arguments,
     json_argument,
+    methods_arguments,
     positive,
     task_argument,
 )
@@ -329,7 +330,9 @@ _COMMANDS = {
         "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
     ),
     "tasks": _Command("listing", json_argument, "list the tasks that are known", "jaxprompt tasks"),
-    "methods": _Command("listing", json_argument, "list the prompt methods", "jaxprompt methods"),
+    "methods": _Command(
+        "listing", methods_arguments, "list the prompt methods", "jaxprompt methods --json"
+    ),
     "recipes": _Command("listing", json_argument, "list the training recipes", "jaxprompt recipes"),
     "backbones": _Command(
         "listing", json_argument, "list backbones known by name", "jaxprompt backbones --json"

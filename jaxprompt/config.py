@@ -16,8 +16,10 @@ from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig, read_task
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
-from jaxprompt.optim import RECIPES, OptimConfig, resolve
+from jaxprompt.optim import OptimConfig, resolve
+from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.base import MethodConfig
+from jaxprompt.recipes import RECIPES
 from jaxprompt.schema import dump
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.config import Compute, T5Config
@@ -238,6 +240,7 @@ def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
         z_loss=recipe.z_loss if z_loss is None else z_loss,
         loss_by=config.train.loss_by,
         dropout_rate=recipe.dropout if dropout is None else dropout,
+        draws=isinstance(config, RunConfig) and METHODS[config.method.name].draws(config.method),
         accumulate=config.train.accumulate,
     )
 
@@ -287,18 +290,22 @@ def _with_preset(
 
 def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Puts what the recipe fixes beside the optimizer where the config leaves it open."""
-    sections = {name: schema.plain(mapping.get(name)) for name in ("optim", "train", "task")}
-    optim, train, task = (value if isinstance(value, dict) else {} for value in sections.values())
+    names = ("optim", "train", "task", "method")
+    sections = {name: schema.plain(mapping.get(name)) for name in names}
+    optim, train, task, method = (
+        value if isinstance(value, dict) else {} for value in sections.values()
+    )
     recipe = RECIPES.get(str(schema.plain(optim.get("recipe", OptimConfig.recipe))))
     if recipe is None:
         return dict(mapping)
+    is_soft = method.get("name", MethodConfig.name) == MethodConfig.name
     has_labels = bool(task.get("candidates") or task.get("labels"))
     fixed = {
         "data": {"batch_size": recipe.batch_size},
         "backbone": {"dropout": recipe.dropout},
         "train": {"z_loss": recipe.z_loss} | ({} if "epochs" in train else {"steps": recipe.steps}),
-        "method": {
-            "length": recipe.length or MethodConfig.length,
+        "method": ({"length": recipe.length} if recipe.length and is_soft else {})
+        | {
             "init": recipe.init if has_labels or recipe.init != "labels" else "vocab",
             "init_low": recipe.init_low,
             "init_high": recipe.init_high,

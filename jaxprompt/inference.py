@@ -22,7 +22,7 @@ from jaxprompt.data.tasks import Task, TaskConfig, load_task
 from jaxprompt.data.templates import lookup
 from jaxprompt.generation import Generation
 from jaxprompt.model import PromptedT5
-from jaxprompt.prompts import METHODS, MethodConfig, NoPrompt, PromptMethod
+from jaxprompt.prompts import METHODS, MethodConfig, NoPrompt, PromptMethod, slots_of
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.t5.search import Search
 from jaxprompt.trees import split
@@ -153,10 +153,7 @@ def method_config(prompt: PromptArtifact) -> MethodConfig:
     Raises: UserError if this version does not know it.
     """
     place = f"the method of prompt {prompt.path}"
-    config = schema.from_mapping(MethodConfig, prompt.method, place)
-    if config.name not in METHODS:
-        raise UserError(f"{place} is {config.name!r}; there are {', '.join(METHODS)}")
-    return config
+    return schema.from_mapping(MethodConfig, prompt.method, place)
 
 
 def layout_of(prompt: PromptArtifact | None) -> Layout:
@@ -166,7 +163,7 @@ def layout_of(prompt: PromptArtifact | None) -> Layout:
     """
     if prompt is None:
         return Layout.parse("{input}", 0)
-    return Layout.parse(prompt.layout, method_config(prompt).length)
+    return Layout.parse(prompt.layout, slots_of(method_config(prompt)))
 
 
 def encoder_of(

@@ -1,5 +1,6 @@
 """PromptedT5 = frozen T5 + prompt method: batches in, logits out; made and split once."""
 
+import jax
 from flax import nnx
 
 from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
@@ -12,6 +13,8 @@ from jaxprompt.t5.model import T5
 from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, Halted
 from jaxprompt.typing import Array, Batch, PromptValues
+
+_METHOD = 2**31 - 1  # folded into keys for what a method draws
 
 
 class PromptedT5(nnx.Module):
@@ -29,21 +32,34 @@ class PromptedT5(nnx.Module):
     def __call__(
         self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
     ) -> Array:
-        """Logits of every decoder position, float32 [B, T, V]; dropout only with a key."""
+        """Logits of every decoder position, float32 [B, T, V].
+
+        Args:
+          dropout_key: of dropout and of what the method draws, one or of each row [B]; None draws
+            nothing.
+        """
         values, encoded_BSD = self.encode(batch, dropout_rate=dropout_rate, dropout_key=dropout_key)
         hidden_BTD = self.decode(
             batch, values, encoded_BSD, dropout_rate=dropout_rate, dropout_key=dropout_key
         )
         return self.logits(hidden_BTD)
 
-    def prompt_values(self, batch: Batch) -> PromptValues:
-        """What the method hands the backbone for this batch."""
+    def prompt_values(self, batch: Batch, key: Array | None = None) -> PromptValues:
+        """What the method hands the backbone for this batch.
+
+        Args:
+          key: of what it draws, one or of each row [B]; None = it draws nothing.
+        """
         embeds_BSD = t5.embed_tokens(
             self.backbone.tree(), batch.encoder_ids_BS, self.backbone.compute
         )
         return self.method(
             MethodInputs(
-                embeds_BSD, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG
+                embeds_BSD,
+                batch.encoder_slots_BS,
+                batch.encoder_segments_BS,
+                batch.prompt_index_BG,
+                None if key is None else _row_keys(key, len(embeds_BSD)),
             )
         )
 
@@ -51,7 +67,7 @@ class PromptedT5(nnx.Module):
         self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
     ) -> tuple[PromptValues, Array]:
         """Prompt values and encoder output [B, S, D]; reads only the batch's encoder fields."""
-        values = self.prompt_values(batch)
+        values = self.prompt_values(batch, dropout_key)
         backbone = self.backbone
         encoded_BSD = t5.encode_batch(
             backbone.tree(), backbone.config, backbone.compute, batch, values,
@@ -106,3 +122,9 @@ class PromptedT5(nnx.Module):
         backbone = self.backbone
         found = t5.logits(backbone.tree(), backbone.config, hidden)
         return constrain(backbone.compute.mesh, found, "batch", "length", "vocab")
+
+
+def _row_keys(key: Array, rows: int) -> Array:
+    """Of each row a key that the backbone's dropout does not use, [B]."""
+    keys_B = key if key.ndim else jax.random.split(key, rows)
+    return jax.vmap(lambda own: jax.random.fold_in(own, _METHOD))(keys_B)

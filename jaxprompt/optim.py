@@ -1,13 +1,9 @@
-"""Recipes: optimizer, schedule and what else a paper or a released code fixed, by name.
-
-`make_optimizer` builds plain optax from an `OptimConfig`; `config.py` and `train` take from the
-recipe what the user left open; `jaxprompt recipes` prints the table.
-"""
+"""The optimizer of a run: plain optax from a recipe and what the user changes of it."""
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,59 +12,11 @@ import numpy as np
 import optax
 
 from jaxprompt import trees
+from jaxprompt.recipes import RECIPES, Recipe
 from jaxprompt.typing import Array, ArrayTree, UserError
 
 OPTIMIZERS = ("adafactor", "adamw")
 _STACKED = "layers"  # below this name a leaf holds one tensor per layer on axis 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One way to train, complete.
-
-    Attributes:
-      summary: one line for people.
-      source: the paper or code it follows.
-      optimizer: "adafactor" or "adamw".
-      learning_rate: the peak rate. Adafactor: RMS of one update, if its parameter scale is off.
-      schedule: a name of `SCHEDULES`.
-      warmup_steps: linear rise, or for "rsqrt" the plateau; a recipe's own is cut to a tenth of the
-        run, a user's is not.
-      weight_decay: adafactor: the fraction of a parameter taken off every step, NOT times the rate
-        (as T5X does); adamw: that times the learning rate.
-      clip_norm: gradients are scaled to at most this global norm; 0 = never.
-      parameter_scale: the update is multiplied by the parameter's RMS, at least 1e-3.
-      decay_rate: adafactor: exponent of the second moment's decay, 1 - (t + 1) ** -decay_rate.
-      start_step: adafactor: t of the first update.
-      factored: adafactor: row and column means for the second moment where both sizes >= 128.
-      beta1, beta2, epsilon: adamw.
-      length, init, init_low, init_high: of the prompt; the last two bound its init "uniform".
-      batch_size, steps, dropout, z_loss: of the run.
-    """
-
-    summary: str
-    source: str
-    optimizer: str
-    learning_rate: float
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    parameter_scale: bool = False
-    decay_rate: float = 0.8
-    start_step: int = 0
-    factored: bool = True
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    length: int = 100
-    init: str = "labels"
-    init_low: float = -0.5
-    init_high: float = 0.5
-    batch_size: int = 32
-    steps: int = 30_000
-    dropout: float = 0.0
-    z_loss: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,81 +37,8 @@ class OptimConfig:
     beta1: float | None = None
     beta2: float | None = None
     epsilon: float | None = None
+    learning_rates: dict[str, float] | None = None
 
-
-RECIPES: dict[str, Recipe] = {
-    "paper": Recipe(
-        summary="soft prompts as the paper says",
-        source="Lester et al. 2021, section 3",
-        optimizer="adafactor",
-        learning_rate=0.3,
-        weight_decay=1e-5,
-        factored=False,
-    ),
-    "google-oss": Recipe(
-        summary="soft prompts as the released code really runs",
-        source="google-research/prompt-tuning with T5X: the second moment starts at zero at step "
-        "1.1M, so the RMS clip acts in every step; uniform init is [0, 0.5)",
-        optimizer="adafactor",
-        learning_rate=0.3,
-        weight_decay=1e-5,
-        start_step=1_100_000,
-        init_low=0.0,
-        batch_size=128,
-        steps=50_000,
-        dropout=0.1,
-        z_loss=1e-4,
-    ),
-    "adamw": Recipe(
-        summary="soft prompts as most code for torch trains them",
-        source="Residual Prompt Tuning (rate 0.3, decay 1e-5), DePT (500 steps of warm-up, linear)",
-        optimizer="adamw",
-        learning_rate=0.3,
-        schedule="linear",
-        warmup_steps=500,
-        weight_decay=1e-5,
-        init="vocab",
-    ),
-    "model-tuning": Recipe(
-        summary="all parameters, the baseline prompts are compared with",
-        source="T5 fine-tuning: Raffel et al. 2020, section 3.1.2; T5X finetune defaults",
-        optimizer="adafactor",
-        learning_rate=1e-3,
-        parameter_scale=True,
-        length=0,
-        batch_size=128,
-        dropout=0.1,
-        z_loss=1e-4,
-    ),
-    "t5-pretrain": Recipe(
-        summary="pretraining as T5 did it",
-        source="Raffel et al. 2020, section 3.1.2: rate 1 / sqrt(max(step, 10,000)); steps of T5's "
-        "baseline, 2 ** 19",
-        optimizer="adafactor",
-        learning_rate=1e-2,
-        schedule="rsqrt",
-        warmup_steps=10_000,
-        parameter_scale=True,
-        length=0,
-        batch_size=128,
-        steps=524_288,
-        z_loss=1e-4,
-    ),
-    "pretrain": Recipe(
-        summary="pretraining in few steps, for small models and budgets",
-        source="nanoT5 (Nawrot 2023): AdamW times the parameter's RMS, cosine; there better than "
-        "Adafactor with rsqrt",
-        optimizer="adamw",
-        learning_rate=2e-2,
-        schedule="cosine",
-        warmup_steps=10_000,
-        clip_norm=1.0,
-        parameter_scale=True,
-        length=0,
-        batch_size=144,
-        steps=65_536,
-    ),
-}
 
 # name -> what the peak rate is multiplied by, after (or with "rsqrt" including) the warm-up, from:
 # numpy or jax.numpy, the part done of the run after the warm-up (0..1), finished steps, warm-up
@@ -191,6 +66,9 @@ def resolve(config: OptimConfig) -> Recipe:
     recipe = dataclasses.replace(RECIPES[config.recipe], **given)
     _known("optim.optimizer", recipe.optimizer, OPTIMIZERS)
     _known("optim.schedule", recipe.schedule, SCHEDULES)
+    for name, rate in recipe.learning_rates.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise UserError(f"optim.learning_rates.{name} is {rate}; it should be above 0")
     for name, (test, right) in _RANGES.items():
         value = getattr(recipe, name)
         if not (math.isfinite(value) and test(value)):
@@ -214,10 +92,15 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     recipe = resolve(config)
     warmup = _warmup(config, recipe, total_steps)
 
-    def schedule(step: jax.typing.ArrayLike) -> Array:
-        return jnp.asarray(_rate(recipe, warmup, total_steps, step, jnp), jnp.float32)
+    def of(rate: float) -> optax.GradientTransformation:
+        def schedule(step: jax.typing.ArrayLike) -> Array:
+            scaled = rate / recipe.learning_rate * _rate(recipe, warmup, total_steps, step, jnp)
+            return jnp.asarray(scaled, jnp.float32)
 
-    each = _per_tensor(_BUILDERS[recipe.optimizer](recipe, schedule))
+        return _BUILDERS[recipe.optimizer](recipe, schedule)
+
+    own = {name: of(rate) for name, rate in recipe.learning_rates.items()}
+    each = _per_tensor(of(recipe.learning_rate), own, tuple(config.learning_rates or ()))
     if recipe.clip_norm:
         return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), each)
     return each
@@ -255,20 +138,6 @@ def learning_rate_at(config: OptimConfig, total_steps: int, step: int) -> float:
     return float(_rate(recipe, warmup, total_steps, step, np))
 
 
-def describe(name: str) -> str:
-    """One line on a recipe."""
-    recipe = RECIPES[name]
-    parts = [
-        f"{recipe.optimizer} {recipe.learning_rate:g} {recipe.schedule}",
-        f"weight decay {recipe.weight_decay:g}",
-        f"{recipe.steps:,} steps of {recipe.batch_size}",
-        f"dropout {recipe.dropout:g}",
-    ]
-    if recipe.length:
-        parts.insert(0, f"{recipe.length} slots from {recipe.init}")
-    return f"{name}: {recipe.summary} ({', '.join(parts)}). Source: {recipe.source}"
-
-
 def _adafactor(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformation:
     """optax's Adafactor equals T5X's, whose decay offset has the other sign of `start_step`."""
     return optax.adafactor(
@@ -304,18 +173,37 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def _per_tensor(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on every leaf alone, and on every layer of a stacked leaf alone.
+def _per_tensor(
+    rest: optax.GradientTransformation,
+    own: Mapping[str, optax.GradientTransformation],
+    wanted: Sequence[str],
+) -> optax.GradientTransformation:
+    """Runs a transformation on every leaf alone, and on every layer of a stacked leaf alone.
 
-    The state is {path of the leaf: state of `inner`}, with a leading layer axis for stacked leaves.
+    The state is {path of the leaf: its state}, with a leading layer axis for stacked leaves.
+
+    Args:
+      own: by the last word of a leaf's path; `rest` takes the others.
+      wanted: words that have to be there.
     """
+
+    def inner(path: str) -> optax.GradientTransformation:
+        return own.get(path.rpartition("/")[2], rest)
 
     def apply(function: Callable[..., Any], path: str, *trees_: Any) -> Any:
         function = jax.vmap(function) if _STACKED in path.split("/") else function
         return function(*trees_)
 
     def init(params: ArrayTree) -> dict[str, Any]:
-        return {path: apply(inner.init, path, leaf) for path, leaf in trees.flatten(params).items()}
+        leaves = trees.flatten(params)
+        names = {path.rpartition("/")[2] for path in leaves}
+        for name in wanted:
+            if name not in names:
+                raise UserError(
+                    f"optim.learning_rates names {name!r}; what is trained is called "
+                    f"{', '.join(sorted(names))}"
+                )
+        return {path: apply(inner(path).init, path, leaf) for path, leaf in leaves.items()}
 
     def update(
         grads: ArrayTree, state: dict[str, Any], params: ArrayTree | None = None
@@ -324,7 +212,7 @@ def _per_tensor(inner: optax.GradientTransformation) -> optax.GradientTransforma
             raise ValueError("the optimizer needs the parameters beside their gradients")
         leaves = trees.flatten(params)
         results = {
-            path: apply(inner.update, path, grad, state[path], leaves[path])
+            path: apply(inner(path).update, path, grad, state[path], leaves[path])
             for path, grad in trees.flatten(grads).items()
         }
         updates = trees.unflatten({path: result[0] for path, result in results.items()})

@@ -54,12 +54,14 @@ class StepOptions:
       z_loss: see `losses.cross_entropy`.
       loss_by: "tokens" or "examples", what the loss is averaged over.
       dropout_rate: inside the backbone.
+      draws: whether the prompt method draws at random.
       accumulate: microbatches a step; rows of the batch must divide.
     """
 
     z_loss: float = 0.0
     loss_by: str = "tokens"
     dropout_rate: float = 0.0
+    draws: bool = False
     accumulate: int = 1
 
 
@@ -107,7 +109,7 @@ def gradients(
 
     def weighted_sum(trained: ArrayTree, part: Batch) -> tuple[Array, dict[str, Array]]:
         model = merge(graphdef, trained, frozen)
-        keys_B = _row_keys(state, part) if options.dropout_rate else None
+        keys_B = _row_keys(state, part) if options.dropout_rate or options.draws else None
         logits_BTV = model(part, dropout_rate=options.dropout_rate, dropout_key=keys_B)
         loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
         segments = part.example_index_BG.shape[1]

@@ -1,12 +1,12 @@
 """One of what a run trains: its options, data and first values, and what is kept of it."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxprompt
@@ -18,8 +18,8 @@ from jaxprompt.data.layout import Layout
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
 from jaxprompt.optim import resolve
-from jaxprompt.prompts import METHODS
-from jaxprompt.prompts.init import InitContext, initial_rows
+from jaxprompt.prompts import METHODS, slots_of
+from jaxprompt.prompts.init import InitContext
 from jaxprompt.schema import to_mapping
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.weights import save_hf
@@ -81,6 +81,7 @@ def keep(
     name: str,
     number: int,
     trained: ArrayTree,
+    first: Mapping[str, np.ndarray],
     metrics: Mapping[str, float],
     rest: tuple[Any, ArrayTree],
 ) -> None:
@@ -90,6 +91,7 @@ def keep(
       name: of the artifact's directory.
       number: steps taken.
       trained: its trained tree.
+      first: the first values of its method, of which some may be constant.
       rest: graph definition and frozen tree, for a backbone.
     """
     place, config = one.directory / name, one.config
@@ -102,33 +104,51 @@ def keep(
         "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
         "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
     }  # fmt: skip
-    save_artifact(place, artifact_of(config, backbone, trained["method"], provenance))
+    values = {**first, **jax.device_get(trained["method"])}
+    save_artifact(place, artifact_of(config, backbone, values, provenance))
 
 
 def initial_values(config: RunConfig, backbone: Backbone, task: Task) -> dict[str, np.ndarray]:
     """First values of the method's parameters, float32, drawn from `config.seed`."""
     context = InitContext(
-        d_model=backbone.config.d_model,
+        sizes=backbone.config,
         vocab_size=backbone.tokenizer.size,
         rows=backbone.embedding_rows,
         encode=backbone.tokenizer.encode,
         candidates=tuple(task.candidates),
-        load=lambda path: load_artifact(path).values["prompt"],
+        load=_rows_of,
     )
-    rows = functools.partial(initial_rows, context=context)
-    return METHODS[config.method.name].initial(jax.random.key(config.seed), config.method, rows)
+    key = jax.random.key(config.seed)
+    return METHODS[config.method.name].initial(key, config.method, context)
+
+
+def _rows_of(path: str) -> np.ndarray:
+    artifact = load_artifact(path)
+    if "prompt" not in artifact.values:
+        raise UserError(
+            f"prompt {path} is of method {artifact.method['name']} and has no rows to begin from"
+        )
+    return artifact.values["prompt"]
 
 
 def artifact_of(
-    config: RunConfig, backbone: Backbone, values: ArrayTree, provenance: Mapping[str, Any]
+    config: RunConfig, backbone: Backbone, values: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> PromptArtifact:
-    """The artifact of a method's parameters `values`, fetched to the host."""
+    """The artifact of all of a method's values; of a plain prompt, where the method folds to one.
+
+    What the method was is then told in its provenance.
+    """
+    info, method = METHODS[config.method.name], config.method
+    if info.fold is not None:
+        plain = info.fold({name: jnp.asarray(value) for name, value in values.items()}, method)
+        provenance = {**provenance, "method": to_mapping(method)}
+        method, values = plain.config, plain.values
     return PromptArtifact(
-        method=dataclasses.asdict(config.method),
+        method=to_mapping(method),
         layout=config.layout,
         task=to_mapping(config.task),
         backbone=identity_of(backbone),
-        values={name: np.asarray(value) for name, value in jax.device_get(values).items()},
+        values={name: np.asarray(value) for name, value in values.items()},
         lengths={
             "max_input_length": config.data.max_input_length,
             "max_target_length": config.data.max_target_length,
@@ -142,7 +162,7 @@ def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     return {
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "task": to_mapping(config.task),
-        "method": dataclasses.asdict(config.method),
+        "method": to_mapping(config.method),
         "layout": config.layout,
         "tune": config.tune,
         "seed": config.seed,
@@ -156,7 +176,7 @@ def encoder_of(config: RunConfig, task: Task, backbone: Backbone, *, bare: bool)
     """What turns the task's examples into rows, with the prompt's slots unless `bare`."""
     return TaskEncoder(
         task,
-        Layout.parse(config.layout, 0 if bare else config.method.length),
+        Layout.parse(config.layout, 0 if bare else slots_of(config.method)),
         backbone.tokenizer,
         config.data,
         start_id=backbone.config.decoder_start_id,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.checkpoint import Checkpoints
@@ -133,7 +134,8 @@ def train_together(
     trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
 
     # ---- what is trained, by what step -------------------------------------------------------
-    graphdef, trained, frozen = _taken_apart(trainees, backbone, mesh)
+    firsts = [_first_values(one, backbone) for one in trainees]
+    graphdef, trained, frozen = _taken_apart(trainees, firsts, backbone, mesh)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
@@ -153,7 +155,8 @@ def train_together(
     def keep_one(n: int, name: str, number: int, trained: ArrayTree, metrics: Mapping) -> None:
         if is_first:
             tree = members(trained, len(trainees))[n]
-            keep(trainees[n], backbone, name, number, tree, metrics, (graphdef, frozen))
+            rest = (graphdef, frozen)
+            keep(trainees[n], backbone, name, number, tree, firsts[n], metrics, rest)
 
     def evaluate(number: int, trained: ArrayTree, which: Sequence[int]) -> list[dict[str, float]]:
         asked = _side_by_side({n: examples_of(trainees[n].task, trainees[n].validation)
@@ -250,16 +253,23 @@ def train_together(
     ]
 
 
+def _first_values(one: Trainee, backbone: Backbone) -> dict[str, np.ndarray]:
+    return {} if one.config.tune == "model" else initial_values(one.config, backbone, one.task)
+
+
 def _taken_apart(
-    trainees: Sequence[Trainee], backbone: Backbone, mesh: jax.sharding.Mesh
+    trainees: Sequence[Trainee],
+    firsts: Sequence[Mapping[str, np.ndarray]],
+    backbone: Backbone,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[Any, ArrayTree, ArrayTree]:
     """Graph definition, trained and frozen tree of the backbone with all prompts on it."""
     if trainees[0].config.tune == "model":
         return split(PromptedT5(backbone.module()), ...)
     methods = []
-    for one in trainees:
-        values = replicate(mesh, initial_values(one.config, backbone, one.task))
-        methods.append(METHODS[one.config.method.name].make(values, one.config.method))
+    for one, first in zip(trainees, firsts, strict=True):
+        method = one.config.method
+        methods.append(METHODS[method.name].make(replicate(mesh, dict(first)), method))
     method = methods[0] if len(methods) == 1 else PromptBank(methods)
     return split(PromptedT5(backbone.module(), method))
 

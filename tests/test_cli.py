@@ -13,6 +13,7 @@ import pytest
 
 import jaxprompt
 from jaxprompt import cli
+from jaxprompt.prompts import METHODS
 from jaxprompt.typing import UserError
 
 COMMANDS = [
@@ -199,7 +200,6 @@ def test_version(capsys):
     ("command", "name"),
     [
         ("tasks", "sst2"),
-        ("methods", "soft"),
         ("recipes", "paper"),
         ("backbones", "google/t5-base-lm-adapt"),
     ],
@@ -212,6 +212,23 @@ def test_lists(capsys, command, name):
     assert [line.split()[0] for line in plain] == [entry["name"] for entry in objects]
     assert all(entry["description"] for entry in objects)
     assert name in [entry["name"] for entry in objects]
+
+
+def test_methods_with_what_they_train_over_a_backbone(capsys):
+    assert cli.main(["methods"]) == 0
+    plain = capsys.readouterr().out
+    assert cli.main(["methods", "--json"]) == 0
+    told = {one["name"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
+    starts = [line.split()[0] for line in plain.splitlines() if not line.startswith(" ")]
+    assert starts == list(told) == list(METHODS)
+    assert told["soft"]["parameters"] == 100 * mini_d_model()
+    assert told["dpt"]["folds"] and not told["dept"]["folds"]
+    assert all(one["formula"] in plain and one["paper"] in plain for one in told.values())
+
+
+def mini_d_model() -> int:
+    config = Path(jaxprompt.__file__).parent / "assets" / "mini" / "config.json"
+    return json.loads(config.read_text(encoding="utf-8"))["d_model"]
 
 
 def spawn(*argv: str, **options: object) -> subprocess.Popen:

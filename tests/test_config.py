@@ -14,7 +14,7 @@ from jaxprompt.config import (
     load_config,
 )
 from jaxprompt.data.tasks import load_task
-from jaxprompt.optim import RECIPES
+from jaxprompt.recipes import RECIPES
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.typing import UserError
 

@@ -10,15 +10,14 @@ import optax
 import pytest
 
 from jaxprompt.optim import (
-    RECIPES,
     SCHEDULES,
     OptimConfig,
-    describe,
     learning_rate_at,
     make_optimizer,
     resolve,
     state_shardings,
 )
+from jaxprompt.recipes import RECIPES, describe
 from jaxprompt.typing import UserError
 
 

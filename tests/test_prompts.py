@@ -12,7 +12,8 @@ from jaxprompt import trees
 from jaxprompt.prompts import METHODS, MethodConfig, MethodInputs, NoPrompt
 from jaxprompt.prompts.base import INITS
 from jaxprompt.prompts.init import INITIALISERS, InitContext, initial_rows
-from jaxprompt.typing import PromptValues, UserError
+from jaxprompt.t5.config import T5Config
+from jaxprompt.typing import UserError
 
 D, VOCABULARY = 3, 30
 TABLE = np.random.default_rng(0).normal(10, 5, (VOCABULARY, D)).astype(np.float32)
@@ -26,7 +27,7 @@ def _rows(ids: Sequence[int]) -> np.ndarray:
 
 
 CONTEXT = InitContext(
-    d_model=D,
+    sizes=T5Config(d_model=D, num_layers=2, num_decoder_layers=3, num_heads=2, d_kv=4),
     vocab_size=VOCABULARY,
     rows=_rows,
     encode=lambda text: WORDS.get(text, []),
@@ -150,20 +151,6 @@ def test_wrong_options_are_refused(case: str):
 def _inputs() -> MethodInputs:
     ids = jnp.zeros((2, 4), jnp.int32)
     return MethodInputs(jnp.zeros((2, 4, D)), ids, ids, jnp.zeros((2, 1), jnp.int32))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_starts_splits_and_counts(name: str):
-    """Initial values -> module -> prompt parameters only, as many as the table says."""
-    info, config = METHODS[name], MethodConfig(name=name, length=4)
-    values = info.initial(KEY, config, lambda key, config: initial_rows(key, config, CONTEXT))
-    method = info.make({key: jnp.asarray(value) for key, value in values.items()}, config)
-    _, trained, frozen = trees.split(method)
-    assert not frozen
-    assert trees.count(trained) == info.parameters(config, D)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained))
-    assert isinstance(method(_inputs()), PromptValues)
-    assert info.name == name and info.formula and info.paper
 
 
 def test_a_soft_prompt_is_its_own_values():

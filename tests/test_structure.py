@@ -17,7 +17,7 @@ HOUSE = [
     ["typing"],
     [
         *("allocator", "arraystore", "files", "logging", "losses", "metrics", "plots"),
-        *("schema", "sharding", "tensorfile", "trees"),
+        *("recipes", "schema", "sharding", "tensorfile", "trees"),
     ],
     ["prompts", "t5"],
     ["data", "model"],

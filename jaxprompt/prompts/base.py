@@ -5,18 +5,23 @@ Methods never see the backbone's module; they get embeddings to read and hand ba
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from flax import nnx
 
+from jaxprompt.trees import PromptParam
 from jaxprompt.typing import Array, PromptValues, UserError
 
 INITS = ("uniform", "vocab", "labels", "text", "prompt", "npy")
 
+Values = Mapping[str, Array]
+"""A method's arrays by name: what is trained, and what it keeps as it is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-    """Options of a prompt method.
+    """Options of a prompt method; those with options of their own extend it.
 
     Attributes:
       name: the method, see `jaxprompt methods`.
@@ -52,6 +57,30 @@ class MethodConfig:
         if self.init in ("prompt", "npy") and not self.init_path:
             raise UserError(f"method.init is {self.init!r} but method.init_path is empty")
 
+    def check_positive(self, *names: str) -> None:
+        """Raises: UserError if one of these options is not at least 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(f"method.{name} is {getattr(self, name)}, it has to be at least 1")
+
+
+class Sizes(Protocol):
+    """What a method may know of the backbone's architecture (a `T5Config` is one).
+
+    d_model D, num_layers and num_decoder_layers N, num_heads H, d_kv K.
+    """
+
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_decoder_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def d_kv(self) -> int: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodInputs:
@@ -62,16 +91,41 @@ class MethodInputs:
       slots_BS: slot index, -1 = a token.
       segments_BS: segment ids, 0 = padding.
       prompt_index_BG: prompt (or task) of each segment.
+      keys_B: random keys of each row in training, for methods that draw; None when they are used.
     """
 
     embeds_BSD: Array
     slots_BS: Array
     segments_BS: Array
     prompt_index_BG: Array
+    keys_B: Array | None = None
+
+
+class Constant(nnx.Param):
+    """An array of a method that no optimizer sees."""
 
 
 class PromptMethod(nnx.Module):
-    """Base of all methods: parameters are `trees.PromptParam`, the call returns prompt values."""
+    """Base of all methods: its `trees.PromptParam`s are trained, the call makes prompt values.
+
+    Attributes:
+      constants: names of the values that are kept as they are.
+      config: its options.
+    """
+
+    constants: ClassVar[tuple[str, ...]] = ()
+    config: Any
+
+    def __init__(self, values: Values, config: MethodConfig):
+        """Args: values: arrays by name, float32 whatever the backbone's dtype."""
+        self.config = config
+        for name, value in values.items():
+            kind = Constant if name in self.constants else PromptParam
+            setattr(self, name, kind(value))
+
+    def __getitem__(self, name: str) -> Array:
+        """One of its values."""
+        return getattr(self, name)[...]
 
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """Prompt values for a batch; shapes as `typing.PromptValues` says."""
@@ -81,9 +135,25 @@ class PromptMethod(nnx.Module):
 class NoPrompt(PromptMethod):
     """The bare backbone, also what full-model tuning and pretraining run with."""
 
+    def __init__(self):
+        super().__init__({}, MethodConfig())
+
     def __call__(self, inputs: MethodInputs) -> PromptValues:
         """Nothing."""
         return PromptValues()
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A plain prompt that says the same as what was trained.
+
+    Attributes:
+      config: of the method "soft" or "p-tuning-v2".
+      values: its arrays.
+    """
+
+    config: MethodConfig
+    values: Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +161,30 @@ class MethodInfo:
     """A registered method.
 
     Attributes:
-      name: as in `method.name`.
       formula: one line for `jaxprompt methods`.
       paper: source.
-      make: (values: {"parameter name": array}, config) -> PromptMethod.
-      initial: (key, config, rows) -> {"parameter name": float32 array}, where rows(key, config) is
-        `init.initial_rows` bound to its context.
-      parameters: (config, d_model) -> number of trained scalars.
+      cost: what it adds to an answer, one line.
+      config: its options; the default of `name` is what it is called.
+      make: (values, config) -> PromptMethod.
+      initial: (key, config, context) -> first values, float32; see `init.InitContext`.
+      parameters: (config, sizes) -> number of trained scalars.
+      fold: (values, config) -> a plain prompt; None = cannot be folded.
+      slots: config -> encoder slots that an example has.
+      draws: config -> whether it draws in training.
     """
 
-    name: str
     formula: str
     paper: str
-    make: Callable[[Mapping[str, Array], MethodConfig], PromptMethod]
-    initial: Callable[[Array, MethodConfig, Callable[..., np.ndarray]], dict[str, np.ndarray]]
-    parameters: Callable[[MethodConfig, int], int]
+    cost: str
+    config: type[MethodConfig]
+    make: Callable[[Values, MethodConfig], PromptMethod]
+    initial: Callable[..., dict[str, np.ndarray]]
+    parameters: Callable[..., int]
+    fold: Callable[..., Folded] | None = None
+    slots: Callable[[MethodConfig], int] = lambda config: config.length
+    draws: Callable[..., bool] = lambda config: False
+
+    @property
+    def name(self) -> str:
+        """As in `method.name`."""
+        return self.config.name

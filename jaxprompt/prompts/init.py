@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxprompt.prompts.base import MethodConfig
+from jaxprompt.prompts.base import MethodConfig, Sizes
 from jaxprompt.typing import Array, UserError
 
 
@@ -19,7 +19,7 @@ class InitContext:
     """What initialisers may read.
 
     Attributes:
-      d_model: D.
+      sizes: of the backbone.
       vocab_size: ids the tokenizer can produce.
       rows: ids -> float32 [n, D] rows of the backbone's embedding table.
       encode: text -> ids, without `</s>`.
@@ -27,7 +27,7 @@ class InitContext:
       load: path of an artifact or .npy -> float32 [P', D].
     """
 
-    d_model: int
+    sizes: Sizes
     vocab_size: int
     rows: Callable[[Sequence[int]], np.ndarray]
     encode: Callable[[str], list[int]]
@@ -42,30 +42,48 @@ def initial_rows(key: Array, config: MethodConfig, context: InitContext) -> np.n
       candidates.
     """
     rows = INITIALISERS[config.init](key, config, context).astype(np.float32)
-    if rows.shape != (config.length, context.d_model):
+    if rows.shape != (config.length, context.sizes.d_model):
         raise UserError(
             f"the initial prompt is {' x '.join(map(str, rows.shape))}, the run wants "
-            f"method.length {config.length} x backbone d_model {context.d_model}"
+            f"method.length {config.length} x backbone d_model {context.sizes.d_model}"
         )
     return rows
 
 
+def sampled_rows(key: Array, count: int, config: MethodConfig, context: InitContext) -> np.ndarray:
+    """Rows of the most common ids (SentencePiece orders by frequency), without replacement.
+
+    Returns: float32 [count, D].
+    """
+    population = min(config.init_vocab_size, context.vocab_size)
+    ids = jax.random.choice(key, population, (count,), replace=count > population)
+    return context.rows(np.asarray(ids).tolist())
+
+
+def linear(key: Array, fan_in: int, *shape: int) -> np.ndarray:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch begins its linear layers and LSTMs; float32."""
+    bound = fan_in**-0.5
+    return np.asarray(jax.random.uniform(key, shape, minval=-bound, maxval=bound))
+
+
+def factors(rows_PD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best A [P, r] and B [r, D] with A B = rows (Eckart-Young), balanced: A^T A = B B^T."""
+    left, sizes, right = np.linalg.svd(rows_PD, full_matrices=False)
+    roots = np.sqrt(sizes[:rank])
+    return (left[:, :rank] * roots).astype(np.float32), (roots[:, None] * right[:rank]).astype(
+        np.float32
+    )
+
+
 def _uniform(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:
-    shape = (config.length, context.d_model)
+    shape = (config.length, context.sizes.d_model)
     return np.asarray(
         jax.random.uniform(key, shape, minval=config.init_low, maxval=config.init_high)
     )
 
 
 def _vocab(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:
-    return _sampled(key, config.length, config, context)
-
-
-def _sampled(key: Array, count: int, config: MethodConfig, context: InitContext) -> np.ndarray:
-    """Rows of the most common ids (SentencePiece orders by frequency), without replacement."""
-    population = min(config.init_vocab_size, context.vocab_size)
-    ids = jax.random.choice(key, population, (count,), replace=count > population)
-    return context.rows(np.asarray(ids).tolist())
+    return sampled_rows(key, config.length, config, context)
 
 
 def _labels(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:
@@ -82,7 +100,7 @@ def _labels(key: Array, config: MethodConfig, context: InitContext) -> np.ndarra
         means.append(context.rows(ids).mean(axis=0))
     rest = config.length - len(means)
     return (
-        np.concatenate([np.stack(means), _sampled(key, rest, config, context)])
+        np.concatenate([np.stack(means), sampled_rows(key, rest, config, context)])
         if rest
         else np.stack(means)
     )

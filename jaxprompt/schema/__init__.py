@@ -12,7 +12,7 @@ from jaxprompt.schema.text import (
     set_values,
     write_yaml,
 )
-from jaxprompt.schema.typed import dump, from_mapping, to_mapping
+from jaxprompt.schema.typed import dump, from_mapping, to_mapping, variants
 
 __all__ = [
     "Where",
@@ -24,5 +24,6 @@ __all__ = [
     "read_yaml",
     "set_values",
     "to_mapping",
+    "variants",
     "write_yaml",
 ]

@@ -16,6 +16,19 @@ from jaxprompt.typing import UserError
 
 T = TypeVar("T")
 
+_VARIANTS: dict[type, tuple[str, Mapping[str, type]]] = {}
+
+
+def variants(base: type, key: str, by_name: Mapping[str, type]) -> None:
+    """Makes a mapping that is to become a `base` one of its subclasses, by what `key` says.
+
+    Args:
+      base: a dataclass.
+      key: a field of it whose text names the subclass; its default names one as well.
+      by_name: the subclasses; may grow afterwards.
+    """
+    _VARIANTS[base] = (key, by_name)
+
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: Where | str) -> T:
     """Builds a dataclass, and those nested in it, from a mapping, checking every key and value.
@@ -67,7 +80,7 @@ class _Reader:
             return self._scalar(value, hint, path)
         value = plain(value)
         if dataclasses.is_dataclass(hint):
-            if type(value) is hint:
+            if type(value) is hint or (hint in _VARIANTS and isinstance(value, hint)):
                 return value
             value = {} if value is None else value  # a section whose keys are all commented out
         if _shape(value) != _kind(hint):
@@ -124,6 +137,7 @@ class _Reader:
         raise self._wrong_type(found, hint, path)
 
     def _dataclass(self, value: Mapping[str, Any], hint: Any, path: KeyPath) -> Any:
+        hint = self._variant(value, hint, path) if hint in _VARIANTS else hint
         hints = _field_hints(hint)
         for key in value:
             if key not in hints:
@@ -140,6 +154,17 @@ class _Reader:
         except UserError as error:
             named = [key for key in value if re.search(rf"\b{re.escape(key)}\b", str(error))]
             raise UserError(f"{self.where.at((*path, *named[:1]))}: {error}") from error
+
+    def _variant(self, value: Mapping[str, Any], hint: Any, path: KeyPath) -> type:
+        key, by_name = _VARIANTS[hint]
+        name = self.read(value.get(key, getattr(hint, key)), str, (*path, key))
+        if name in by_name:
+            return by_name[name]
+        near = difflib.get_close_matches(name, by_name, 1)
+        ending = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(by_name)}"
+        raise UserError(
+            f"{self.where.at((*path, key))}: {dotted((*path, key))} {name!r} is not known; {ending}"
+        )
 
     def _mapping(self, value: Mapping[Any, Any], hint: Any, path: KeyPath) -> dict[Any, Any]:
         _, item_hint = typing.get_args(hint) or (str, Any)
@@ -190,7 +215,8 @@ def _required(field: dataclasses.Field) -> bool:
 
 def _key_paths(hint: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     """Every key path of a dataclass, through those nested in it and in its unions."""
-    for member in (hint, *typing.get_args(hint)):
+    _, by_name = _VARIANTS.get(hint, ("", {}))
+    for member in (hint, *typing.get_args(hint), *by_name.values()):
         if isinstance(member, type) and dataclasses.is_dataclass(member):
             for name, below in _field_hints(member).items():
                 yield (*path, name)

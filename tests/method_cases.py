@@ -1,0 +1,80 @@
+"""Every prompt method with small options, started and shaken so that nothing of it is zero."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from jaxprompt import schema
+from jaxprompt.prompts import METHODS, MethodConfig, PromptMethod
+from jaxprompt.prompts.init import InitContext
+from jaxprompt.t5.config import T5Config
+
+CASES: dict[str, dict[str, Any]] = {
+    "soft": {"length": 4},
+    "p-tuning": {"length": 4, "hidden": 6},
+    "p-tuning lstm": {"length": 4, "hidden": 5, "encoder": "lstm"},
+    "residual": {"length": 4, "hidden": 6},
+    "residual per token": {"length": 4, "hidden": 6, "per_token": True},
+    "residual plain": {"length": 4, "hidden": 6, "layer_norm": False},
+    "p-tuning-v2": {"length": 3},
+    "p-tuning-v2 encoder": {"length": 3, "places": ["encoder"]},
+    "prefix": {"length": 3, "hidden": 6},
+    "prefix cross": {"length": 3, "hidden": 6, "places": ["cross", "decoder"]},
+    "dpt": {"length": 4, "rank": 2},
+    "lopt": {"length": 4, "rank": 2},
+    "lopt product": {"length": 4, "rank": 2, "variant": 1},
+    "superpos": {"length": 4, "tokens": 8},
+    "dept": {"length": 4, "rank": 2, "positions": 4},
+    "adept": {"length": 4, "rank": 3},
+    "smop": {"length": 3, "prompts": 3},
+    "pt-moe": {"length": 4, "rank": 2, "experts": 3},
+}
+
+
+def config_of(case: str, **options: Any) -> MethodConfig:
+    """The case's options; its first word is the method."""
+    mapping = {"name": case.split()[0], "init": "vocab", **CASES[case], **options}
+    return schema.from_mapping(MethodConfig, mapping, case)
+
+
+def context_of(sizes: T5Config = tiny.CONFIG) -> InitContext:
+    """What a method begins from over the tiny backbone."""
+    table = np.asarray(tiny.make_params(sizes)["token_embedder"]["embedding"])
+    return InitContext(
+        sizes=sizes,
+        vocab_size=sizes.vocab_size,
+        rows=lambda ids: table[np.asarray(ids)],
+        encode=lambda text: [3, 4],
+        candidates=("yes", "no"),
+    )
+
+
+def shaken(config: MethodConfig, seed: int = 0, sizes: T5Config = tiny.CONFIG) -> dict[str, Any]:
+    """First values and some noise on all that is trained."""
+    info = METHODS[config.name]
+    values = info.initial(jax.random.key(seed), config, context_of(sizes))
+    constant = info.make({k: jnp.asarray(v) for k, v in values.items()}, config).constants
+    draw = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(
+            value if name in constant else value + 0.3 * draw.normal(size=value.shape), jnp.float32
+        )
+        for name, value in values.items()
+    }
+
+
+def make(case: str, seed: int = 0, **options: Any) -> PromptMethod:
+    """The method of a case with shaken values."""
+    config = config_of(case, **options)
+    return METHODS[config.name].make(shaken(config, seed), config)
+
+
+def examples_of(case: str, count: int, seed: int = 0, prompt: int = 0) -> list[tiny.Example]:
+    """Examples with the slots that the case's method has."""
+    config = config_of(case)
+    examples = tiny.make_examples(count, METHODS[config.name].slots(config), seed=seed)
+    return [dataclasses.replace(example, prompt=prompt) for example in examples]

@@ -1,0 +1,123 @@
+"""Every prompt method in real runs: trained, resumed to the bit, on a mesh, kept and used again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from method_cases import CASES
+from run_fixtures import World, assert_same_end, compiled, losses, saved_state, world
+
+from jaxprompt import cli
+from jaxprompt.artifact import load_artifact
+from jaxprompt.prompts import METHODS
+from jaxprompt.train import train
+from jaxprompt.typing import UserError
+
+__all__ = ["compiled", "world"]  # fixtures
+
+OPTIONS = [
+    "train.steps=4", "train.eval_every=2", "train.save_every=2", "optim.recipe=adamw",
+    "optim.learning_rate=0.05", "optim.schedule=constant", "optim.warmup_steps=0",
+    "backbone.dropout=0.1",
+]  # fmt: skip
+RUNS = ["p-tuning", "p-tuning lstm", "residual", "p-tuning-v2", "prefix", "dpt", "lopt",
+        "superpos", "dept", "adept", "smop", "pt-moe"]  # fmt: skip
+
+
+def options_of(case: str) -> list[str]:
+    mapping = {"name": case.split()[0], **CASES[case]}
+    return [f"method.{key}={json.dumps(value)}" for key, value in mapping.items()]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture(params=RUNS)
+def run(request, world: World, tmp_path_factory, runs: dict[str, Path]) -> tuple[str, Path]:
+    """A finished run of each method, made once."""
+    case = request.param
+    if case not in runs:
+        runs[case] = tmp_path_factory.mktemp("runs") / case.replace(" ", "-")
+        train(world.load(runs[case], *OPTIONS, *options_of(case)))
+    return case, runs[case]
+
+
+def test_a_run_broken_off_ends_as_the_unbroken_one(run, world: World, tmp_path: Path):
+    """All trained parameters, also those of a network that the artifact folds away, go on."""
+    case, unbroken = run
+    broken = tmp_path / "broken"
+    train(world.load(broken, *OPTIONS, *options_of(case), "train.steps=2"))
+    train(world.load(broken, *OPTIONS, *options_of(case)))
+    info = METHODS[case.split()[0]]
+    assert (load_artifact(broken / "prompt").training.get("method") is None) == (info.fold is None)
+    np.testing.assert_array_equal(losses(broken), losses(unbroken))
+    assert_same_end(broken, unbroken)
+
+
+def test_two_devices_train_the_same(run, world: World, tmp_path: Path):
+    case, _ = run
+    still = ["backbone.dropout=0", "data.packing=off"]
+    still += ["method.noise=0"] if case == "smop" else []
+    mesh = ["mesh.data=2", "mesh.model=1", "data.row_multiple=1"]
+    one = tmp_path / "one"
+    train(world.load(one, *OPTIONS, *options_of(case), *still))
+    train(world.load(tmp_path / "two", *OPTIONS, *options_of(case), *still, *mesh))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
+
+
+def test_what_is_kept_answers_as_training_measured(run, world: World, capsys):
+    """`evaluate` of the artifact, folded where it folds, gives the run's own last measurement."""
+    case, directory = run
+    artifact = load_artifact(directory / "prompt")
+    info = METHODS[case.split()[0]]
+    if info.fold is not None:
+        assert artifact.method["name"] in ("soft", "p-tuning-v2")
+        assert artifact.training["method"]["name"] == case.split()[0]
+    else:
+        assert artifact.method["name"] == case.split()[0]
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(directory / "prompt"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["scores"]["accuracy"]["value"] == artifact.training["metrics"]["accuracy"]
+    assert cli.main(["inspect", str(directory / "prompt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] > 0
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(run):
+    case, directory = run
+    _, arrays, _ = saved_state(directory)
+    trained = {name for name in arrays if name.startswith("trained/")}
+    method = METHODS[case.split()[0]]
+    assert trained and not any("first" in name or "rows_of_table" in name for name in trained)
+    assert method.name == case.split()[0]
+
+
+def test_rates_of_parameters(world: World, tmp_path: Path):
+    """A rate for one array changes that one's first step, and no other."""
+    options = [*OPTIONS, "train.steps=1", *options_of("dept")]
+    train(world.load(tmp_path / "one", *options, "optim.learning_rate=0.1"))
+    rates = "optim.learning_rates={right: 0.001}"
+    train(world.load(tmp_path / "two", *options, "optim.learning_rate=0.1", rates))
+    one, two = (load_artifact(tmp_path / name / "prompt").values for name in ("one", "two"))
+    np.testing.assert_array_equal(one["prompt"], two["prompt"])
+    np.testing.assert_allclose(two["right"], one["right"] / 100, rtol=1e-4)
+    with pytest.raises(UserError, match="learning_rates names 'wrong'; what is trained is called"):
+        train(world.load(tmp_path / "three", *options, "optim.learning_rates={wrong: 0.1}"))
+
+
+def test_a_prompt_without_rows_starts_no_other(run, world: World, tmp_path: Path):
+    case, directory = run
+    if case != "p-tuning-v2":
+        pytest.skip("one is enough")
+    start = ["method.length=3", "method.init=prompt", f"method.init_path={directory / 'prompt'}"]
+    with pytest.raises(UserError, match="has no rows to begin from"):
+        train(world.load(tmp_path / "run", *OPTIONS, *start))
+
+
+def test_keys_and_values_take_no_slots(world: World, tmp_path: Path):
+    layout = "layout={input}"
+    train(world.load(tmp_path / "run", *OPTIONS, *options_of("p-tuning-v2"), layout))
+    assert load_artifact(tmp_path / "run" / "prompt").layout == "{input}"

@@ -1,0 +1,380 @@
+"""All prompt methods through the same trials: formulas in numpy, gradients, packing, banks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from method_cases import CASES, config_of, context_of, examples_of, make, shaken
+from run_fixtures import compiled
+
+from jaxprompt import steps, trees
+from jaxprompt.losses import cross_entropy, segment_sums
+from jaxprompt.model import PromptedT5
+from jaxprompt.prompts import METHODS, MethodConfig, MethodInputs, NoPrompt, PromptMethod
+from jaxprompt.prompts.bank import PromptBank
+from jaxprompt.t5.config import Compute
+from jaxprompt.t5.model import T5
+from jaxprompt.t5.search import Search
+from jaxprompt.typing import Batch, PromptValues, UserError
+
+__all__ = ["compiled"]  # fixture
+
+CONFIG = tiny.CONFIG
+LOOP = Compute(scan_unroll=1)
+PARAMS = tiny.make_params()
+Oracle = Callable[[dict[str, np.ndarray], MethodConfig], np.ndarray]
+
+
+# ---- the formulas, transcribed -------------------------------------------------------------------
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def residual(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    rows = []
+    for n, row in enumerate(v["prompt"]):
+        own = n if config.per_token else 0
+        added = relu(row @ v["down"][own] + v["down_bias"][own]) @ v["up"][own] + v["up_bias"][own]
+        if config.layer_norm:
+            added = (added - added.mean()) / np.sqrt(added.var() + 1e-5)
+            added = added * v["scale"][own] + v["bias"][own]
+        rows.append(row + added)
+    return np.stack(rows)
+
+
+def p_tuning(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    x, last = v["prompt"], 2
+    if config.encoder == "lstm":
+        last = 1
+        for layer in range(config.layers):
+            sides = []
+            for side in ("forward", "backward"):
+                name, h = f"lstm_{layer}_{side}", config.hidden
+                hidden, cell, out = np.zeros(h), np.zeros(h), {}
+                order = range(len(x)) if side == "forward" else reversed(range(len(x)))
+                for n in order:
+                    gates = x[n] @ v[f"{name}_input"] + hidden @ v[f"{name}_hidden"]
+                    gates = gates + v[f"{name}_bias"]
+                    i, f, g, o = (gates[k * h : (k + 1) * h] for k in range(4))
+                    cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+                    out[n] = hidden = sigmoid(o) * np.tanh(cell)
+                sides.append(np.stack([out[n] for n in range(len(x))]))
+            x = np.concatenate(sides, 1)
+    for number in range(last + 1):
+        x = x @ v[f"linear_{number}"] + v[f"linear_{number}_bias"]
+        x = relu(x) if number < last else x
+    return x
+
+
+def lopt(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    first = v["left"] if config.variant == 1 else sigmoid(v["first"] @ v["left"])
+    return first @ v["right"]
+
+
+def superpos(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    return np.stack(
+        [sum(w * e for w, e in zip(ws, v["rows_of_table"], strict=True)) for ws in v["weights"]]
+    )
+
+
+ROWS: dict[str, Oracle] = {
+    "soft": lambda v, config: v["prompt"],
+    "p-tuning": p_tuning,
+    "residual": residual,
+    "dpt": lambda v, config: v["left"] @ v["right"],
+    "lopt": lopt,
+    "superpos": superpos,
+    "dept": lambda v, config: v["prompt"],
+    "adept": lambda v, config: v["prompt"],
+}
+
+
+def prefix(v: dict[str, np.ndarray], config: Any, place: str) -> tuple[np.ndarray, ...]:
+    hidden = np.tanh(v[f"{place}_prompt"] @ v[f"{place}_up"] + v[f"{place}_up_bias"])
+    out, bias = v[f"{place}_out"], v[f"{place}_out_bias"]
+    flat = hidden @ out.reshape(len(out), -1) + bias.reshape(-1)
+    keys, values = np.moveaxis(flat.reshape(len(hidden), *bias.shape), 0, 2)
+    return keys, values
+
+
+def p_tuning_v2(v: dict[str, np.ndarray], config: Any, place: str) -> tuple[np.ndarray, ...]:
+    name = {"encoder": "encoder_self", "decoder": "decoder_self", "cross": "decoder_cross"}[place]
+    return v[f"{name}_keys"], v[f"{name}_values"]
+
+
+PAIRS: dict[str, Callable] = {"p-tuning-v2": p_tuning_v2, "prefix": prefix}
+
+
+def dept(v: dict[str, np.ndarray], config: Any, place: int, embedding: np.ndarray) -> np.ndarray:
+    if place >= config.positions:
+        return np.zeros_like(embedding)
+    return 8.0 / np.sqrt(config.rank) * (v["left"][place] @ v["right"])
+
+
+def adept(v: dict[str, np.ndarray], config: Any, place: int, embedding: np.ndarray) -> np.ndarray:
+    return relu(embedding @ v["left"] + v["left_bias"]) @ v["right"] + v["right_bias"]
+
+
+DELTAS: dict[str, Callable] = {"dept": dept, "adept": adept}
+
+
+def smop(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarray:
+    shares = np.exp(mean @ v["router"])
+    shares = shares / shares.sum()
+    return shares.max() * v["prompts"][shares.argmax()]
+
+
+def pt_moe(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarray:
+    shares = np.exp(mean @ v["router"] + v["router_bias"])
+    shares = shares / shares.sum()
+    return sum(w * (left @ v["right"]) for w, left in zip(shares, v["left"], strict=True))
+
+
+MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe}
+
+PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T5-large
+    "soft": ({"length": 100}, 768, 76_800),
+    "residual": ({"length": 100, "hidden": 400}, 1024, 925_072),
+    "dpt": ({"length": 100, "rank": 10}, 1024, 11_240),
+    "dept": ({"length": 60, "rank": 30, "positions": 256}, 768, 76_800),
+    "adept": ({"length": 60, "rank": 19}, 768, 76_051),
+    "smop": ({"length": 5, "prompts": 4}, 768, 18_432),
+}
+
+
+# ---- what all go through -------------------------------------------------------------------------
+
+
+def inputs_of(batch: Batch, keys: jax.Array | None = None) -> MethodInputs:
+    embeds = jnp.asarray(PARAMS["token_embedder"]["embedding"])[batch.encoder_ids_BS]
+    return MethodInputs(
+        embeds, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG, keys
+    )
+
+
+def values_of(method: PromptMethod, inputs: MethodInputs) -> PromptValues:
+    graphdef, trained, constants = trees.split(method)
+    fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    run = jax.jit(lambda *parts, fields: trees.merge(graphdef, *parts)(MethodInputs(**fields)))
+    return run(trained, constants, fields=fields)
+
+
+def packed(case: str, prompt: int = 0) -> Batch:
+    examples = examples_of(case, 5, prompt=prompt)
+    return tiny.make_batch([examples[:3], examples[3:]], 32, 12, 3)
+
+
+def losses(method: PromptMethod, batch: Batch) -> tuple[np.ndarray, dict]:
+    """Loss of each segment [B, G], and the gradient of their weighted sum."""
+    graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), method))
+
+    def of(trained: dict) -> tuple:
+        logits = trees.merge(graphdef, trained, frozen)(batch)
+        loss_BT = cross_entropy(logits, batch.targets_BT) * batch.loss_weights_BT
+        segments = batch.example_index_BG.shape[1]
+        loss_BG = segment_sums(loss_BT, batch.decoder_segments_BT, segments)
+        return jnp.sum(loss_BG), loss_BG
+
+    grads, loss_BG = jax.jit(jax.grad(of, has_aux=True))(trained)
+    return np.asarray(loss_BG), grads["method"]
+
+
+def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: Batch) -> None:
+    """Prompt values against the transcription."""
+    name, close = config.name, {"rtol": 1e-5, "atol": 1e-5}
+    slots_BS, segments_BS = (
+        np.asarray(batch.encoder_slots_BS),
+        np.asarray(batch.encoder_segments_BS),
+    )
+    table = np.asarray(PARAMS["token_embedder"]["embedding"])
+    text = (slots_BS < 0) & (segments_BS > 0)
+    if name in ROWS:
+        np.testing.assert_allclose(values.encoder, ROWS[name](v, config)[None], **close)
+    for place in ("encoder", "decoder", "cross"):
+        field = {"encoder": "encoder_self", "decoder": "decoder_self", "cross": "decoder_cross"}
+        found = getattr(values, field[place])
+        if name not in PAIRS or place not in config.places:
+            assert found is None
+            continue
+        keys, own = PAIRS[name](v, config, place)
+        layers = CONFIG.num_layers if place == "encoder" else CONFIG.num_decoder_layers
+        shape = (layers, 1, config.length, CONFIG.num_heads, CONFIG.d_kv)
+        assert found.keys.shape == found.values.shape == shape
+        np.testing.assert_allclose(found.keys[:, 0], keys, **close)
+        np.testing.assert_allclose(found.values[:, 0], own, **close)
+    if name not in DELTAS:
+        assert values.input_delta is None
+    else:
+        for b, g in np.ndindex(2, 3):
+            places = np.flatnonzero(text[b] & (segments_BS[b] == g + 1))
+            for number, s in enumerate(places):
+                embedding = table[batch.encoder_ids_BS[b, s]]
+                want = DELTAS[name](v, config, number, embedding)
+                np.testing.assert_allclose(values.input_delta[b, s], want, **close)
+        assert not np.asarray(values.input_delta)[~text].any()
+    if name in MIXTURES:
+        for b, g in np.ndindex(2, 3):
+            ids = batch.encoder_ids_BS[b][text[b] & (segments_BS[b] == g + 1)]
+            mean = table[ids].mean(0) if len(ids) else np.zeros(CONFIG.d_model)
+            row = values.encoder[values.prompt_index_BG[b, g]]
+            np.testing.assert_allclose(row, MIXTURES[name](v, config, mean), **close)
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestEveryMethod:
+    """No method is exempt from any of it."""
+
+    def test_it_starts_and_counts(self, case: str):
+        config = config_of(case)
+        info = METHODS[config.name]
+        values = info.initial(jax.random.key(0), config, context_of())
+        again = info.initial(jax.random.key(0), config, context_of())
+        other = info.initial(jax.random.key(1), config, context_of())
+        assert all(value.dtype == np.float32 for value in values.values())
+        assert all(np.array_equal(values[name], again[name]) for name in values)
+        assert any(not np.array_equal(values[name], other[name]) for name in values)
+        method = info.make({name: jnp.asarray(value) for name, value in values.items()}, config)
+        _, trained, frozen = trees.split(method)
+        assert set(frozen) == set(method.constants) and {*trained, *frozen} == {*values}
+        assert trees.count(trained) == info.parameters(config, CONFIG)
+        assert info.formula and info.paper and info.cost
+
+    def test_it_is_its_formula(self, case: str):
+        config, batch = config_of(case), packed(case)
+        v = {name: np.asarray(value, np.float64) for name, value in shaken(config).items()}
+        values = values_of(make(case), inputs_of(batch))
+        assert_values(case, values, v, config, batch)
+
+    def test_every_trained_array_gets_a_gradient(self, case: str):
+        _, grads = losses(make(case), packed(case))
+        for path, grad in trees.flatten(grads).items():
+            assert np.abs(grad).max() > 1e-6, path
+
+    def test_packed_rows_of_a_bank_equal_each_prompt_alone(self, case: str):
+        methods = [make(case, seed) for seed in (0, 1)]
+        examples = [examples_of(case, 3, seed=n, prompt=n) for n in (0, 1)]
+        first, second = examples
+        rows = [[first[0], second[0], first[1]], [second[1], first[2], second[2]]]
+        both = tiny.make_batch(rows, 36, 16, 3)
+        both_BG, bank_grads = losses(PromptBank(methods), both)
+        for number, method in enumerate(methods):
+            alone = [dataclasses.replace(example, prompt=0) for example in examples[number]]
+            batch = tiny.make_batch([[example] for example in alone], 14, 6, 1)
+            loss_BG, grads = losses(method, batch)
+            found = both_BG[np.asarray(both.prompt_index_BG) == number]
+            np.testing.assert_allclose(found, loss_BG[:, 0], atol=1e-5, rtol=1e-5)
+            own = trees.flatten(bank_grads["prompts"][f"{number:04d}"])
+            for path, grad in trees.flatten(grads).items():
+                np.testing.assert_allclose(own[path], grad, atol=2e-5, rtol=2e-4, err_msg=path)
+
+    def test_what_it_folds_to_says_the_same(self, case: str):
+        config = config_of(case)
+        info = METHODS[config.name]
+        if info.fold is None:
+            assert config.name in ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe")
+            return
+        plain = info.fold(shaken(config), config)
+        assert plain.config.name in ("soft", "p-tuning-v2")
+        assert info.slots(config) == METHODS[plain.config.name].slots(plain.config)
+        method = METHODS[plain.config.name].make(plain.values, plain.config)
+        batch = packed(case)
+        want, _ = losses(make(case), batch)
+        np.testing.assert_allclose(losses(method, batch)[0], want, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_cached_decoding_goes_on_as_the_forward_pass_does(self, case: str, beams: int):
+        """What is generated is scored again with teacher forcing: the same log-likelihood."""
+        examples = examples_of(case, 3)
+        graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), make(case)))
+        batch = tiny.make_batch([[replaced(e, [5])] for e in examples], 14, 1, 1)
+        search = Search(4, num_beams=beams)
+        run = jax.jit(steps.generate, static_argnums=0)
+        found = run(graphdef, trained, frozen, batch, rules=search.rules)
+        said = [ids[: _end(ids)].tolist() for ids in np.asarray(found.ids_BT)]
+        whole = tiny.make_batch([[replaced(*both)] for both in zip(examples, said, strict=True)],
+                                14, 4, 1)  # fmt: skip
+        logits_BTV = jax.jit(steps.logits, static_argnums=0)(graphdef, trained, frozen, whole)
+        loss_BT = cross_entropy(logits_BTV, jnp.asarray(whole.targets_BT)) * whole.loss_weights_BT
+        np.testing.assert_allclose(-loss_BT.sum(1), found.log_likelihood_B, atol=2e-5, rtol=1e-5)
+        if beams == 1:
+            first_B = np.asarray(logits_BTV)[:, 0].argmax(-1)
+            assert first_B.tolist() == [ids[0] for ids in said]
+
+    def test_it_reads_back_from_a_mapping(self, case: str):
+        from jaxprompt import schema
+
+        config = config_of(case)
+        again = schema.from_mapping(MethodConfig, schema.to_mapping(config), "here")
+        assert again == config and type(again) is METHODS[config.name].config
+
+
+def _end(ids: np.ndarray) -> int:
+    ends = np.flatnonzero(ids == CONFIG.eos_id)
+    return int(ends[0]) + 1 if len(ends) else len(ids)
+
+
+def replaced(example: tiny.Example, target: list[int]) -> tiny.Example:
+    return dataclasses.replace(example, target=target)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_papers(name: str):
+    options, d_model, count = PARAMETERS[name]
+    sizes = dataclasses.replace(CONFIG, d_model=d_model)
+    info = METHODS[name]
+    assert info.parameters(info.config(**options), sizes) == count
+
+
+def test_no_prompt_has_neither_parameters_nor_values():
+    assert trees.split(NoPrompt())[1:] == ({}, {})
+    assert jax.tree.leaves(NoPrompt()(inputs_of(packed("soft")))) == []
+
+
+def test_smop_draws_in_training_only():
+    """Logits times (1 + e): another choice or share with a key, the same without."""
+    batch, method = packed("smop"), make("smop")
+    keys = jax.random.split(jax.random.key(0), 2)
+    still, again = values_of(method, inputs_of(batch)), values_of(method, inputs_of(batch))
+    drawn = values_of(method, inputs_of(batch, keys))
+    np.testing.assert_array_equal(still.encoder, again.encoder)
+    assert not np.allclose(still.encoder, drawn.encoder)
+    assert METHODS["smop"].draws(config_of("smop"))
+    assert not METHODS["smop"].draws(config_of("smop", noise=0.0))
+
+
+WRONG = {
+    "rank": ("dpt", {"rank": 5}, "method.rank 5 is larger than the prompt, method.length 4"),
+    "moe rank": ("pt-moe", {"rank": 9}, "method.rank 9 is larger than the prompt"),
+    "hidden": ("residual", {"hidden": 0}, "method.hidden is 0"),
+    "place": ("prefix", {"places": ["encoder", "middle"]}, "method.places is encoder, middle"),
+    "no place": ("p-tuning-v2", {"places": []}, "method.places is empty"),
+    "std": ("p-tuning-v2", {"init_std": 0}, "method.init_std is 0"),
+    "noise": ("smop", {"noise": -1}, "method.noise is -1"),
+    "another's option": ("soft", {"rank": 3}, "unknown key 'rank'"),
+    "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_refused(case: str):
+    name, options, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        config_of(name, **options)
+
+
+def test_an_unknown_method_is_named_with_its_neighbour():
+    from jaxprompt import schema
+
+    with pytest.raises(UserError, match="name 'residul' is not known; did you mean 'residual'"):
+        schema.from_mapping(MethodConfig, {"name": "residul"}, "here")
