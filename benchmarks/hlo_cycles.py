@@ -18,6 +18,16 @@ _CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r" compare\((.*?)\), direction=LT")
+_KINDS = {  # part of an instruction's path, the first that is there; einsums show their letters
+    "bthk,bshk->bhts/dot_general": "scores",
+    "bhts,bshk->bthk/dot_general": "context",
+    "bsd,dhk->bshk/dot_general": "projections",
+    "bthk,hkd->btd/dot_general": "projections",
+    "->...v": "logits",
+    "dot_general": "mlp",
+    "jit(dynamic_index_in_dim)": "slices of stacked arrays",
+}
+_PASSES = {"rematted_computation": "recomputed", "transpose(jvp": "backward", "jvp(": "forward"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,22 @@ def dearest(found: list[Op], count: int = 10) -> list[tuple[str, int]]:
     for op in found:
         by_name[op.name] += op.cycles * op.times
     return by_name.most_common(count)
+
+
+def by_kind(found: list[Op]) -> dict[tuple[str, str], int]:
+    """Cycles by (kind, pass), dearest kind first; a fusion counts as what its last operation is.
+
+    Kinds are the matmuls of a T5, slices of what loops run over, and "rest" (softmax, masks, norms,
+    gradients summed, optimizer); passes "forward", "recomputed" and "backward", "" for neither.
+    """
+    cycles: collections.Counter[tuple[str, str]] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
+    for op in found:
+        kind = next((kind for part, kind in _KINDS.items() if part in op.name), "rest")
+        when = next((when for part, when in _PASSES.items() if part in op.name), "")
+        cycles[kind, when] += op.cycles * op.times
+        kinds[kind] += op.cycles * op.times
+    return dict(sorted(cycles.items(), key=lambda item: -kinds[item[0][0]]))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.common import SIZES, Shapes, Step, make_step, random_batch, size_config, table
 from benchmarks.flops import minimal_step_flops
-from benchmarks.hlo_cycles import dearest, ops, total_cycles
+from benchmarks.hlo_cycles import Op, by_kind, dearest, ops, total_cycles
 from jaxprompt import sharding
 from jaxprompt.t5.config import ATTENTION_PATHS, REMAT_POLICIES, Compute, T5Config
 from jaxprompt.t5.layers import param_specs
@@ -92,8 +92,20 @@ def compile_for(topology: str, model: int, config: T5Config, step: Step) -> jax.
     return jax.jit(step.run, donate_argnums=0).lower(state, frozen, batch).compile()
 
 
+def kind_table(found: list[Op]) -> str:
+    """A Markdown table of `hlo_cycles.by_kind`."""
+    cycles, whole = by_kind(found), total_cycles(found)
+    passes = ["forward", "recomputed", "backward", ""]
+    rows = []
+    for kind in dict.fromkeys(kind for kind, _ in cycles):
+        parts = [cycles.get((kind, when), 0) for when in passes]
+        numbers = [f"{part / 1e6:.1f}" for part in (*parts, sum(parts))]
+        rows.append([kind, *numbers, f"{100 * sum(parts) / whole:.0f} %"])
+    return table(["kind", *passes[:3], "neither", "all", "share"], rows)
+
+
 def main() -> None:
-    """Prints the table and the dearest operations of each variant."""
+    """Prints the table, and each variant's cycles by kind and its dearest operations."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -143,16 +155,17 @@ def main() -> None:
                     f"{time.perf_counter() - start:.0f}",
                 ]
             )
-            costs.append((f"{rows.name}, {attention}", dearest(found)))
+            costs.append((f"{rows.name}, {attention}", found))
             print(lines[-1], file=sys.stderr)
     head = [
         "rows", "attention", "M cycles", "M cycles an example", "minimum / cycles",
         "temporaries GiB", "kernels", "compile s",
     ]  # fmt: skip
     print(table(head, lines))
-    for title, cost in costs:
+    for title, found in costs:
+        print(f"\n{title}, M cycles by kind and pass\n\n{kind_table(found)}")
         print(f"\n{title}: the ten dearest, M cycles")
-        for name, cycles in cost:
+        for name, cycles in dearest(found):
             print(f"  {cycles / 1e6:8.2f}  {name}")
 
 

@@ -43,7 +43,7 @@ from benchmarks.common import (
     table,
 )
 from benchmarks.packing import Options, batches_of, task_of
-from jaxprompt import steps, trees
+from jaxprompt import allocator, steps, trees
 from jaxprompt.data.tokenizer import load_tokenizer
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.bank import PromptBank
@@ -248,14 +248,19 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], metavar="TASK=DIR")
     parser.add_argument("--vocabulary", help="directory of a T5 tokenizer, for --data")
     parser.add_argument("--batches", type=int, default=2, help="of each task, a turn")
+    parser.add_argument(
+        "--keep-pages", action="store_true", help="as commands do on CPU, in both frameworks"
+    )
     args = parser.parse_args()
+    kept = args.keep_pages and allocator.keep_pages()  # before either has threads
     shapes = Shapes(args.rows, args.tokens, args.slots, args.targets)
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(f"{machine()} · torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(
         f"{shapes.rows} rows x ({shapes.slots} slots + {shapes.tokens} tokens), {shapes.targets} "
-        f"targets; prompt tuning with AdamW, random T5 1.1, {args.pairs} pairs\n"
+        f"targets; prompt tuning with AdamW, random T5 1.1, {args.pairs} pairs, "
+        f"freed pages {'kept' if kept else 'given back'}\n"
     )
     rows = []
     for size in args.sizes:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jaxprompt
+from jaxprompt import allocator
 
 _CONFIG_HELP = "a YAML file, or the name of a config that ships with jaxprompt"
 _PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.room is None:
         parser.print_help()
         return 0
-    if argv is None and not args.debug:  # the process is ours, and says things its own way
+    if argv is None:  # the process is ours
+        allocator.keep_pages()
+    if argv is None and not args.debug:  # and says things its own way
         sys.unraisablehook = _show_unraisable
         logging.getLogger().addHandler(logging.NullHandler())
     try:

@@ -53,7 +53,7 @@ class BackboneConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int = 0
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["auto", "plain", "chunked"] = "auto"
+    attention: Literal["auto", "plain", "chunked", "windowed"] = "auto"
     dropout: float | None = None
 
     def __post_init__(self):

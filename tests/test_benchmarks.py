@@ -12,7 +12,7 @@ from jaxprs import matmul_flops
 from tiny_backbone import make_rows, write_rows
 from tiny_tokenizer import tiny_tokenizer
 
-from benchmarks import bank, generate, packing
+from benchmarks import bank, generate, packing, pages
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
 from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
 from jaxprompt import steps, trees
@@ -124,3 +124,9 @@ def test_a_bank_s_step_is_the_steps_of_its_prompts():
     assert together.loss is not None and together.loss.shape == (3,)
     np.testing.assert_allclose(together.loss[0], alone.loss[0], rtol=1e-5)  # pyright: ignore
     assert len(set(together.loss.tolist())) == 3
+
+
+def test_the_rows_of_the_page_benchmark_are_read():
+    assert pages.parse("mini:32x96+20") == ("mini", Shapes(rows=32, tokens=96, slots=20))
+    with pytest.raises(ValueError, match="ROWSxTOKENS"):
+        pages.parse("small:8x128")

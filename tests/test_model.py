@@ -16,9 +16,9 @@ from jaxprompt.losses import cross_entropy, segment_sums
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5 import model as t5
+from jaxprompt.t5.chunks import Chunked
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.model import T5, layers_unrolled
-from jaxprompt.t5.paths import Chunked
 from jaxprompt.typing import Batch, KeysValues, PromptValues
 
 CONFIG = tiny.CONFIG
@@ -149,11 +149,13 @@ def test_nothing_leaks_between_segments():
         Compute(remat="dots"),
         Compute(attention="chunked"),
         Compute(remat="full", attention="chunked"),
+        Compute(attention="windowed"),
+        Compute(remat="dots", attention="windowed"),
     ],
     ids=str,
 )
 def test_ways_to_compute_agree(compute: Compute, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Chunked, "__init__", functools.partialmethod(CHUNKED, size=7))
+    monkeypatch.setattr(Chunked, "__init__", lambda path, sight, size=7: CHUNKED(path, sight, 7))
     params, values = tiny.make_params(), PromptValues(encoder=every_value().encoder)
     want = losses_and_gradient(params, values, packed())
     assert_close(losses_and_gradient(params, values, packed(), CONFIG, compute), want, 1e-4)

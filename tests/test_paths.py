@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxprs import equations
 
-from jaxprompt.t5 import paths
+from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.attention import attend, relative_bias, with_prefix
-from jaxprompt.t5.config import ATTENTION_PATHS
-from jaxprompt.t5.paths import CHUNK, LONG, NOBODY, PATHS, Chunked, Plain, Sight, choose
+from jaxprompt.t5.chunks import CHUNK, Chunked
+from jaxprompt.t5.config import ATTENTION_PATHS, Compute
+from jaxprompt.t5.paths import LONG, PACKED, PATHS, Plain, choose
+from jaxprompt.t5.sight import NOBODY, Sight
+from jaxprompt.t5.windows import Windowed
 from jaxprompt.typing import Array
 
 HEADS, KV, BUCKETS, PROMPTS, SLOTS = 2, 4, 8, 3, 2
@@ -75,12 +78,17 @@ def context(path: Any, case: Case, given: dict[str, Array], **dropout: Any) -> A
     return path(given["query"], key, value, prepared, **dropout)
 
 
-def context_and_gradient(path: Any, case: Case) -> tuple[Array, dict[str, Array]]:
+def context_and_gradient(
+    path: Any, case: Case, real: bool = False
+) -> tuple[Array, dict[str, Array]]:
+    """Of all queries, or of the real ones alone."""
     weights = jnp.asarray(np.random.default_rng(4).normal(size=(ROWS, LENGTH, HEADS, KV)))
+    counted = jnp.asarray(SEGMENTS > 0)[..., None, None] if real else jnp.ones((1, 1, 1, 1))
+    weights = weights * counted
 
     def total(given: dict[str, Array]) -> tuple[Array, Array]:
         got = context(path, case, given)
-        return jnp.sum(got * weights), got
+        return jnp.sum(got * weights), got * counted
 
     gradient, got = jax.jit(jax.grad(total, has_aux=True))(arrays())
     return got, gradient
@@ -97,6 +105,52 @@ def test_chunks_equal_the_plain_path(case: Case, size: int):
     still = set() if case.biased else {"table"}
     still |= set() if case.prefix else {"prefix_key", "prefix_value"}
     assert moved == set(arrays()) - still
+
+
+@every_case
+@pytest.mark.parametrize("widths", [(), (1, 2), (2, 3, 5)], ids="{}".format)
+@pytest.mark.parametrize("size", [1, 2, 4], ids="chunks of {}".format)
+def test_windows_equal_the_plain_path(case: Case, size: int, widths: tuple[int, ...]):
+    """At real queries; those of padding stay finite and reach no gradient."""
+    got = context_and_gradient(Windowed(case.sight(), size, widths), case, real=True)
+    want = context_and_gradient(Plain(case.sight()), case, real=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(1, 9), max_size=4), st.integers(0, 3)), min_size=1
+    ),
+    size=st.integers(1, 5),
+)
+def test_a_window_is_the_narrowest_that_holds_its_segments(
+    rows: list[tuple[list[int], int]], size: int
+):
+    """Rows of some segments' lengths, gaps of padding before the last one."""
+    segments = np.zeros((len(rows), 12), np.int32)
+    for row, (lengths, gap) in enumerate(rows):
+        at = 0
+        for number, length in enumerate(lengths):
+            at += gap if number == len(lengths) - 1 else 0
+            segments[row, at : at + length] = number + 1
+            at += length
+    path = Windowed(Sight(jnp.asarray(segments), jnp.asarray(segments)), size, (1, 2))
+    bounds = np.asarray(path.windows.bounds_L)
+    assert bounds[0] == 0 and bounds[-1] == len(rows) * path.count
+    seen = {}
+    for level, width in enumerate(path.widths):
+        for number in range(bounds[level], bounds[level + 1]):
+            start = int(path.windows.start_N[number])
+            assert 0 <= start <= 12 - width
+            seen[int(path.windows.place_N[number])] = (level, range(start, start + width))
+    assert sorted(seen) == list(range(len(rows) * path.count))
+    for place, (level, window) in seen.items():
+        chunk, row = divmod(place, len(rows))
+        queries = segments[row, chunk * path.size : (chunk + 1) * path.size]
+        keys = np.flatnonzero(np.isin(segments[row], queries[queries > 0]))
+        needed = keys[-1] - keys[0] + 1 if len(keys) else 0
+        assert set(keys.tolist()) <= set(window)
+        assert level == 0 or needed > path.widths[level - 1]
 
 
 @every_case
@@ -164,9 +218,26 @@ def test_a_chunk_drops_out_by_its_own_key_and_the_backward_pass_drops_the_same()
         )  # fmt: skip
         np.testing.assert_allclose(got[:, queries], want, atol=1e-5)
 
+    dropped_the_same(Chunked(sight, size))
+
+
+def test_a_window_drops_out_and_the_backward_pass_drops_the_same():
+    path, given = Windowed(Case().sight(), 4, (1, 2)), arrays()
+    kept = context(path, Case(), given)
+    ones = given | {"value": jnp.ones_like(given["value"])}
+    some = context(path, Case(), ones, dropout_rate=0.4, dropout_key=jax.random.key(5))
+    assert np.std(np.asarray(some)[SEGMENTS > 0]) > 0.1  # all 1 without dropout
+    np.testing.assert_allclose(context(path, Case(), given, dropout_rate=0.4), kept)
+    dropped_the_same(path)
+
+
+def dropped_the_same(path: Any) -> None:
+    given, key = arrays(), jax.random.key(5)
+    got = context(path, Case(), given, dropout_rate=0.4, dropout_key=key)
+
     def total(value: Array) -> Array:  # linear in the values: its gradient times them is itself
         return jnp.sum(
-            context(path, case, given | {"value": value}, dropout_rate=0.4, dropout_key=key) ** 2
+            context(path, Case(), given | {"value": value}, dropout_rate=0.4, dropout_key=key) ** 2
         )
 
     gradient = jax.grad(total)(given["value"])
@@ -200,6 +271,12 @@ def test_memory_is_linear_in_the_rows_length():
         traced.lower().compile().memory_analysis().temp_size_in_bytes for traced in (short, long)
     )
     assert 1.5 < bytes_long / bytes_short < 2.5
+    bytes_short, bytes_long = (
+        forward_and_backward(Windowed, length).lower().compile().memory_analysis()
+        for length in (1024, 2048)
+    )
+    assert bytes_long.temp_size_in_bytes < 2.5 * bytes_short.temp_size_in_bytes
+    bytes_long = bytes_long.temp_size_in_bytes
     plain = forward_and_backward(Plain, 2048)
     assert largest(plain) >= HEADS * 2048**2
     assert plain.lower().compile().memory_analysis().temp_size_in_bytes > 4 * bytes_long
@@ -213,8 +290,24 @@ def test_a_frozen_bias_has_no_gradient_work():
             equation.primitive.name == "scatter-add" for equation, _ in equations(traced.jaxpr)
         )
 
-    assert scatters(forward_and_backward(Chunked, 256)) == 0
-    assert scatters(forward_and_backward(Chunked, 256, table_too=True)) == 1
+    for path in (Chunked, Windowed):
+        assert scatters(forward_and_backward(path, 256)) == 0
+        assert scatters(forward_and_backward(path, 256, table_too=True)) == 1
+
+
+def test_windows_add_up_gradients_of_keys_and_values_and_a_trained_bias():
+    """In place, one update each for the loop of every width; none for a frozen bias."""
+
+    def updates(**options: bool) -> int:
+        traced = forward_and_backward(Windowed, 512, **options)
+        return sum(
+            equation.primitive.name == "dynamic_update_slice"
+            for equation, _ in equations(traced.jaxpr)
+        )
+
+    widths = 3  # 256, 384 and 512 keys
+    assert updates() == 2 * widths
+    assert updates(table_too=True) == 3 * widths
 
 
 def test_the_bias_is_looked_up_once_and_not_in_every_chunk():
@@ -229,15 +322,25 @@ def test_the_bias_is_looked_up_once_and_not_in_every_chunk():
 def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch):
     assert set(PATHS) | {"auto"} == set(ATTENTION_PATHS)
 
-    def chosen(attention: str, queries: int, keys: int) -> type:
-        return type(
-            choose(attention, Sight(jnp.zeros((1, queries), int), jnp.zeros((1, keys), int)))
-        )
+    def chosen(attention: str, queries: int, keys: int, segments: int = 1, prefix: int = 0) -> type:
+        sight = Sight(jnp.zeros((1, queries), int), jnp.zeros((1, keys), int), prefix)
+        return type(choose(Compute(attention=attention), sight, segments))
 
     for backend, long in LONG.items():
-        monkeypatch.setattr(paths.jax, "default_backend", lambda name=backend: name)
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        packed = PACKED.get(backend)
         assert chosen("auto", long, long) is Chunked
         assert chosen("auto", long, long - 1) is Plain
         assert chosen("auto", CHUNK, long) is Plain
+        assert chosen("auto", long, long, 2) is (Windowed if packed else Chunked)
+        assert chosen("auto", long, long, 2, prefix=4) is Chunked
+        if packed:
+            assert chosen("auto", packed, packed, 2) is Windowed
+            assert chosen("auto", packed, packed - 1, 2) is Plain
+            assert chosen("auto", CHUNK, packed, 2) is Plain
         assert chosen("plain", long, long) is Plain
         assert chosen("chunked", 2, 2) is Chunked
+        assert chosen("windowed", 2, 2) is Windowed
+    sight = Sight(jnp.zeros((1, 1024), int), jnp.zeros((1, 1024), int))
+    spread = Compute(mesh=make_mesh(2, 1))
+    assert type(choose(spread, sight, 4)) is not Windowed

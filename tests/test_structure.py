@@ -15,7 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # docs/design.md draws this, ground floor first. A file of a folder stands on the folder's floor.
 HOUSE = [
     ["typing"],
-    ["files", "logging", "losses", "metrics", "plots", "schema", "sharding", "tensorfile", "trees"],
+    [
+        *("allocator", "files", "logging", "losses", "metrics", "plots", "schema", "sharding"),
+        *("tensorfile", "trees"),
+    ],
     ["prompts", "t5"],
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],

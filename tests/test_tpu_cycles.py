@@ -3,8 +3,8 @@
 import pytest
 import tiny
 
-from benchmarks.hlo_cycles import dearest, ops, total_cycles
-from benchmarks.tpu_cycles import batch_of, layouts
+from benchmarks.hlo_cycles import Op, by_kind, dearest, ops, total_cycles
+from benchmarks.tpu_cycles import batch_of, kind_table, layouts
 
 HLO = """\
 HloModule jit_step, is_scheduled=true
@@ -58,6 +58,33 @@ def test_bodies_count_as_often_as_their_loop_runs():
     found = ops(HLO)
     assert total_cycles(found) == 12 * (7 + 3 * 100) + 11 + 2
     assert dearest(found, 3) == [("jit(step)/scores", 3600), ("jit(step)/mlp", 95), ("bare.3", 2)]
+
+
+def test_a_steps_cycles_are_sorted_by_kind_and_pass():
+    """Names as JAX writes them; a loop inside a recomputed layer is recomputed."""
+    forward, backward = "jit(step)/jvp()/while/body/", "jit(step)/transpose(jvp())/while/body/"
+    names = [
+        forward + "closed_call/bthk,bshk->bhts/dot_general",
+        backward + "checkpoint/rematted_computation/while/body/bthk,bshk->bhts/dot_general",
+        backward + "checkpoint/bthk,bshk->bhts/dot_general",
+        backward + "jit(dynamic_index_in_dim)/squeeze",
+        forward + "dot_general",
+        "jit(step)/jvp(...d,dv->...v)/dot_general",
+        "jit(step)/transpose(jvp(...d,dv->...v))/dot_general",
+        "jit(step)/sub",
+    ]
+    found = [Op(name, 10**6 * (i + 1), 2, True) for i, name in enumerate(names)]
+    assert by_kind(found) == {
+        ("logits", "forward"): 12e6, ("logits", "backward"): 14e6,
+        ("rest", ""): 16e6,
+        ("scores", "forward"): 2e6, ("scores", "recomputed"): 4e6, ("scores", "backward"): 6e6,
+        ("mlp", "forward"): 10e6,
+        ("slices of stacked arrays", "backward"): 8e6,
+    }  # fmt: skip
+    lines = kind_table(found).splitlines()
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [
+        "scores", "2.0", "4.0", "6.0", "0.0", "12.0", "17 %",
+    ]  # fmt: skip
 
 
 def test_kernels_are_named_though_nothing_is_estimated():

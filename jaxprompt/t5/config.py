@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxprompt.typing import UserError
@@ -11,7 +12,7 @@ from jaxprompt.typing import UserError
 MODEL_TYPES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 REMAT_POLICIES = ("none", "full", "dots")
-ATTENTION_PATHS = ("auto", "plain", "chunked")
+ATTENTION_PATHS = ("auto", "plain", "chunked", "windowed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +165,9 @@ class Compute:
       remat: what the backward pass recomputes: "none", "full" (everything but layer inputs) or
         "dots" (matmul results without batch dimensions are kept).
       attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and
-        computes them again in the backward pass, so that memory is linear in the row's length;
-        "auto" takes what suits the row's length and the platform (`t5.paths.choose`).
+        computes them again in the backward pass, so that memory is linear in the row's length,
+        "windowed" those of some queries and only the keys that their segments span; "auto" takes
+        what suits the rows and the platform (`t5.paths.choose`).
       mesh: lays activations out over its devices, see `sharding.constrain`; None = they lie where
         the arguments lie.
     """
@@ -185,3 +187,13 @@ class Compute:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype {self.dtype!r} is not float32, bfloat16 or float16")
+
+    @property
+    def platform(self) -> str:
+        """ "cpu", "gpu" or "tpu": of the mesh's devices, or else of this machine's."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether rows or weights lie on several devices."""
+        return self.mesh is not None and self.mesh.size > 1

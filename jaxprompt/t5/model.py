@@ -28,7 +28,8 @@ from jaxprompt.t5.layers import (
     place_slots,
     rms_norm,
 )
-from jaxprompt.t5.paths import Path, Sight, choose
+from jaxprompt.t5.paths import Path, choose
+from jaxprompt.t5.sight import Sight
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
 
@@ -345,7 +346,7 @@ def layers_unrolled(compute: Compute, count: int) -> int:
     Unrolling is faster on CPU, but there a loop is what makes rematerialisation save memory: with
     unrolled layers the scheduler recomputes early and keeps everything.
     """
-    unrolled = count if jax.default_backend() == "cpu" and compute.remat == "none" else 1
+    unrolled = count if compute.platform == "cpu" and compute.remat == "none" else 1
     return min(compute.scan_unroll or unrolled, count)
 
 
@@ -355,7 +356,7 @@ def _path(
     """How a stack's attention is computed, with the keys of its trained prefixes in sight."""
     if prefix is not None:
         sight = sight.behind_prefix(prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP)
-    return choose(compute.attention, sight)
+    return choose(compute, sight, prompt_index_BG.shape[1])
 
 
 def _shared_bias(config: T5Config, path: Path, stack: ArrayTree) -> Array | None:
