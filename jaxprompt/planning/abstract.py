@@ -25,7 +25,7 @@ from jaxprompt.typing import ArrayTree, Batch, UserError
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """Of a batch: rows B, encoder positions S and decoder positions T of a row, examples of it G."""
+    """Of a batch: rows B, encoder and decoder positions S and T of a row, examples in it G."""
 
     rows: int
     encoder: int
@@ -106,7 +106,7 @@ def _state_placed(state: Any, trained: ArrayTree, optimizer: Any, placed: Any) -
 
 
 def _method_values(config: RunConfig, t5: T5Config) -> Mapping[str, Any]:
-    """Shapes of the method's first values; which rows of the vocabulary they are makes no difference."""
+    """Shapes of the method's first values."""
 
     def rows(key: Any, method: Any) -> np.ndarray:
         return np.zeros((method.length, t5.d_model), np.float32)

@@ -87,8 +87,8 @@ def open_topology(name: str) -> Topology:
 
     Args:
       name: "KIND:AxB" or "KIND:AxBxC" for TPUs, "cpu:N" or "gpu:N" for N devices of this machine.
-    Raises: UserError for a name that is none, a kind that is not in `CHIPS`, a missing TPU compiler,
-      a shape the compiler does not know, or fewer devices here than asked for.
+    Raises: UserError for a name that is none, a kind that is not in `CHIPS`, a missing TPU
+      compiler, a shape the compiler does not know, or fewer devices here than asked for.
     """
     here, there = _HERE.fullmatch(name), _TPU.fullmatch(name)
     if here:

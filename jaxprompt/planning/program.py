@@ -1,12 +1,13 @@
-"""Reads the TPU compiler's estimate of cycles from the text of a compiled program.
+"""Reads the text of a compiled program: the TPU compiler's cycles, and what goes over the links.
 
 In `compiled.as_text()` every fusion that stands in a computation by itself carries
 `"estimated_cycles"`. Loops hold theirs in the body: it counts as often as the loop runs, which is
-the constant that its condition compares the counter with. Called by `tpu_cycles.py`.
+the constant that its condition compares the counter with.
 """
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -18,6 +19,12 @@ _CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r" compare\((.*?)\), direction=LT")
+_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _KINDS = {  # part of an instruction's path, the first that is there; einsums show their letters
     "bthk,bshk->bhts/dot_general": "scores",
     "bhts,bshk->bthk/dot_general": "context",
@@ -49,15 +56,69 @@ class Op:
     kernel: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
+      bytes: of its result, on one device.
+      group: devices that take part together.
+      times: how often it runs.
+    """
+
+    kind: str
+    bytes: int
+    group: int
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends in all, by the ring algorithms."""
+        others = self.group - 1
+        share = {
+            "all-reduce": 2 * others / self.group,
+            "all-gather": others / self.group,
+            "reduce-scatter": others,
+            "all-to-all": others / self.group,
+        }.get(self.kind, 1.0)
+        return self.bytes * share * self.times
+
+
 def ops(text: str) -> list[Op]:
     """Every estimated instruction and every kernel call that the program runs.
 
     Raises: ValueError if there is no entry computation, or a loop without a readable trip count.
     """
-    bodies, entry = _computations(text)
-    if entry is None:
-        raise ValueError("no ENTRY computation in this HLO text")
-    return list(_run(bodies, entry, 1))
+    return [
+        Op(
+            name=path[1] if path else line.split(" = ")[0].split()[-1].lstrip("%"),
+            cycles=int(cycles[1]) if cycles else 0,
+            times=times,
+            estimated=cycles is not None,
+            kernel=_KERNEL in line,
+        )
+        for line, times in _lines(text)
+        if (cycles := _CYCLES.search(line)) or _KERNEL in line
+        for path in [_NAME.search(line)]
+    ]
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """Every exchange between devices that the program makes.
+
+    Args:
+      devices: that the program runs on; the group of an exchange that names none.
+    Raises: ValueError as `ops`.
+    """
+    found = []
+    for line, times in _lines(text):
+        match = _COLLECTIVE.search(line)
+        if match:
+            sizes = [_bytes(kind, shape) for kind, shape in _ARRAY.findall(match[1])]
+            whole = max(sizes) if match[3] else sum(sizes)  # a start's result has its operands too
+            found.append(Collective(match[2], whole, _group(line, devices), times))
+    return found
 
 
 def total_cycles(found: list[Op]) -> int:
@@ -104,22 +165,35 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return bodies, entry
 
 
-def _run(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[Op]:
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+    """Every instruction that runs by itself, and how often."""
+    bodies, entry = _computations(text)
+    if entry is None:
+        raise ValueError("no ENTRY computation in this HLO text")
+    yield from _run(bodies, entry, 1)
+
+
+def _run(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
     for line in bodies[name]:
-        loop, call, cycles = _LOOP.search(line), _CALL.search(line), _CYCLES.search(line)
+        loop, call = _LOOP.search(line), _CALL.search(line)
         if loop:
             yield from _run(bodies, loop[2], times * _trips(bodies[loop[1]], loop[1]))
         elif call:
             yield from _run(bodies, call[1], times)
-        elif cycles or _KERNEL in line:
-            path = _NAME.search(line)
-            yield Op(
-                name=path[1] if path else line.split(" = ")[0].split()[-1].lstrip("%"),
-                cycles=int(cycles[1]) if cycles else 0,
-                times=times,
-                estimated=cycles is not None,
-                kernel=_KERNEL in line,
-            )
+        else:
+            yield line, times
+
+
+def _bytes(kind: str, shape: str) -> int:
+    bits = 8 if kind in ("pred", "token") else int(re.sub(r"\D.*", "", kind.lstrip("bfsuc")) or 8)
+    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8
+
+
+def _group(line: str, devices: int) -> int:
+    listed, iota = _GROUPS.search(line), _IOTA.search(line)
+    if listed and listed[1]:
+        return listed[1].count(",") + 1
+    return int(iota[1]) if iota else devices
 
 
 def _trips(condition: list[str], name: str) -> int:
