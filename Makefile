@@ -24,6 +24,7 @@ check: $(STAMP)  ## formatting, lint, types, structure
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
+	@$(BIN)/shellcheck --external-sources $(filter-out %.example %.py %/Dockerfile %/env,$(wildcard tpu_scripts/*))
 	@$(BIN)/python -m pytest tests/test_structure.py
 
 format: $(STAMP)  ## put formatting and imports right

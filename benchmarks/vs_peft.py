@@ -7,8 +7,9 @@
 The first times a step on equal full rows, the second one step of N prompts here against N steps
 there, the third examples of real lengths: packed here, padded to the longest of the batch there.
 
-Needs torch and peft, which the project does not. On CPU both run float32 with all cores; where
-torch sees a GPU both run there in bfloat16, PEFT eager and compiled.
+Needs torch and peft, which the project does not. On CPU both run float32 with all cores, and PEFT
+bfloat16 in rows of its own; where torch sees a GPU both run there in bfloat16, PEFT eager and
+compiled.
 """
 
 import argparse
@@ -185,24 +186,33 @@ class Work:
 
 
 def compare(size: str, work: Work, pairs: int) -> list[list[str]]:
-    """Rows of the table for one size: each PEFT variant against this project's step."""
+    """Rows of the table for one size: each PEFT variant against this project's step.
+
+    On a CPU PEFT runs in float32, and in bfloat16, which some CPUs have instructions for.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     config = dataclasses.replace(size_config(size), dropout_rate=0.0)
+    variants = [(False, dtype), (device == "cuda", "bfloat16")]
     rows = []
-    for compiled in [False, True] if device == "cuda" else [False]:
+    for compiled, theirs_dtype in variants:
         torch_model = random_torch(config).to(getattr(torch, dtype))
         with tempfile.TemporaryDirectory() as directory:
             torch_model.save_pretrained(directory)
             theirs, prompt = peft_stepper(
-                torch_model, config, work.slots, list(work.theirs) * work.prompts, device, compiled
+                torch_model.to(getattr(torch, theirs_dtype)),
+                config,
+                work.slots,
+                list(work.theirs) * work.prompts,
+                device,
+                compiled,
             )
             ours = own_stepper(
                 Path(directory), config, Compute(dtype), work.ours, prompt, work.prompts
             )
         first = f"{ours():.4f} / {theirs():.4f}"
         own, peft = alternate(ours, theirs, pairs)
-        name = f"{size} {dtype} {'compiled' if compiled else 'eager'}, {work.name}"
+        name = f"{size}, PEFT {theirs_dtype} {'compiled' if compiled else 'eager'}, {work.name}"
         rows.append([name, str(own), str(peft), *ratios(own, peft, work.more), first])
     return rows
 
@@ -214,10 +224,12 @@ def full_rows(size: str, shapes: Shapes, prompts: int) -> Work:
     return Work(name, [batch], [batch], shapes.slots, prompts)
 
 
-def real_rows(place: str, vocabulary: str, slots: int, batch_size: int, batches: int) -> Work:
-    """The first training examples of a task: packed here, padded to the longest there."""
+def real_rows(
+    place: str, vocabulary: str, split: str, slots: int, batch_size: int, batches: int
+) -> Work:
+    """The first examples of a task: packed here, padded to the longest there."""
     task, tokenizer = task_of(place), load_tokenizer(vocabulary)
-    options = Options("train", batch_size, 512, slots)
+    options = Options(split, batch_size, 512, slots)
     packed = batches_of("packed", task, tokenizer, options)
     longest = batches_of("longest", task, tokenizer, options)
     theirs = list(itertools.islice(longest, batches))
@@ -247,6 +259,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1, help="trained at once")
     parser.add_argument("--data", nargs="+", default=[], metavar="TASK=DIR")
     parser.add_argument("--vocabulary", help="directory of a T5 tokenizer, for --data")
+    parser.add_argument("--split", default="validation", help="of the tasks of --data")
     parser.add_argument("--batches", type=int, default=2, help="of each task, a turn")
     parser.add_argument(
         "--keep-pages", action="store_true", help="as commands do on CPU, in both frameworks"
@@ -265,7 +278,7 @@ def main() -> None:
     rows = []
     for size in args.sizes:
         works = [
-            real_rows(place, args.vocabulary, shapes.slots, shapes.rows, args.batches)
+            real_rows(place, args.vocabulary, args.split, shapes.slots, shapes.rows, args.batches)
             for place in args.data
         ] or [full_rows(size, shapes, args.prompts)]
         rows += [row for work in works for row in compare(size, work, args.pairs)]

@@ -133,6 +133,33 @@ def load_artifact(path: files.PathLike) -> PromptArtifact:
     )
 
 
+def soft_prompt(array: np.ndarray, what: str, path: str) -> PromptArtifact:
+    """A bare array [P, D] as a soft prompt in front of the input, float32, of unknown backbone.
+
+    Args:
+      what: the array, in messages.
+      path: where it came from.
+    Raises: UserError if it is no finite float array of two axes.
+    """
+    if array.ndim != 2 or array.dtype.name not in (*_FLOATS, "bfloat16"):
+        raise UserError(
+            f"{what} holds a {array.dtype.name} array of shape {array.shape}; a prompt is a float "
+            "array [slots, d_model]"
+        )
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    _check_value(what, array)
+    length, d_model = array.shape
+    return PromptArtifact(
+        method={"name": "soft", "length": length},
+        layout="{prompt}{input}",
+        task={},
+        backbone=BackboneIdentity(d_model=d_model),
+        values={"prompt": array},
+        path=path,
+    )
+
+
 def check_backbone(
     artifact: PromptArtifact,
     name: str,
@@ -244,23 +271,7 @@ def _load_npy(path: Path) -> PromptArtifact:
             array = np.load(stream, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
-    if array.ndim != 2 or array.dtype.name not in _FLOATS:
-        raise UserError(
-            f"{path} holds a {array.dtype.name} array of shape {array.shape}; a prompt is a float "
-            "array [slots, d_model]"
-        )
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    _check_value(str(path), array)
-    length, d_model = array.shape
-    return PromptArtifact(
-        method={"name": "soft", "length": length},
-        layout="{prompt}{input}",
-        task={},
-        backbone=BackboneIdentity(d_model=d_model),
-        values={"prompt": array},
-        path=str(path),
-    )
+    return soft_prompt(array, str(path), str(path))
 
 
 def _read(path: Path, shown: str) -> bytes:

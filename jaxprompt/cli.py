@@ -16,6 +16,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import jaxprompt
 from jaxprompt import allocator
+from jaxprompt.arguments import (
+    convert_arguments,
+    import_arguments,
+    json_argument,
+    positive,
+    task_argument,
+)
 
 _CONFIG_HELP = "a YAML file, or the name of a config that ships with jaxprompt"
 _PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
@@ -142,12 +149,12 @@ def _backbone_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the prompt with another backbone than it was trained with, where shapes allow",
     )
-    _json_argument(parser)
+    json_argument(parser)
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="rows at a time (64)"
+        "--batch-size", type=positive, default=64, metavar="N", help="rows at a time (64)"
     )
     parser.add_argument(
         "--generate",
@@ -156,13 +163,13 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-input-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of an input, slots included (what the prompt was trained with, else 512)",
     )
     parser.add_argument(
         "--max-target-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a generated answer (what the prompt was trained with, else 128)",
     )
@@ -206,7 +213,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{_PROMPT_HELP}; several are an ensemble; {_BARE_HELP}; NAME=PATH gives it a name",
     )
     _prompt_field_argument(parser)
-    _task_argument(parser)
+    task_argument(parser)
     parser.add_argument(
         "--data", metavar="FILE", help="JSONL, CSV or TSV file to take instead of the task's own"
     )
@@ -230,7 +237,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _prompt_field_argument(parser)
     _backbone_arguments(parser)
-    _task_argument(parser)
+    task_argument(parser)
     parser.add_argument(
         "--input",
         required=True,
@@ -249,7 +256,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _prompt_arguments(parser)
     parser.add_argument(
-        "--top", type=_positive, default=5, metavar="N", help="nearest tokens shown per slot (5)"
+        "--top", type=positive, default=5, metavar="N", help="nearest tokens shown per slot (5)"
     )
 
 
@@ -260,26 +267,6 @@ def _prompt_field_argument(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="the field of a row that names the one of the prompts which answers it",
     )
-
-
-def _task_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--task",
-        metavar="T",
-        help="a name that `jaxprompt tasks` lists, or a task's YAML file (the prompt's own task)",
-    )
-
-
-def _json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line on standard output"
-    )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _early_stopping(text: str) -> bool | str:
@@ -329,15 +316,23 @@ _COMMANDS = {
         "show a prompt: method, size, backbone, nearest vocabulary tokens of each slot",
         "jaxprompt inspect runs/quickstart/prompt",
     ),
-    "tasks": _Command(
-        "listing", _json_argument, "list the tasks that are known", "jaxprompt tasks"
+    "convert": _Command(
+        "convert",
+        convert_arguments,
+        "bring a backbone, also a T5X checkpoint, into the Hugging Face layout",
+        "jaxprompt convert t5x/checkpoint_1100000 backbones/base --tokenizer sentencepiece.model",
     ),
-    "methods": _Command("listing", _json_argument, "list the prompt methods", "jaxprompt methods"),
-    "recipes": _Command(
-        "listing", _json_argument, "list the training recipes", "jaxprompt recipes"
+    "import": _Command(
+        "importing",
+        import_arguments,
+        "make a prompt artifact of another program's prompt",
+        "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
     ),
+    "tasks": _Command("listing", json_argument, "list the tasks that are known", "jaxprompt tasks"),
+    "methods": _Command("listing", json_argument, "list the prompt methods", "jaxprompt methods"),
+    "recipes": _Command("listing", json_argument, "list the training recipes", "jaxprompt recipes"),
     "backbones": _Command(
-        "listing", _json_argument, "list backbones known by name", "jaxprompt backbones --json"
+        "listing", json_argument, "list backbones known by name", "jaxprompt backbones --json"
     ),
 }
 

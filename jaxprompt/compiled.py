@@ -1,7 +1,6 @@
 """A training step over the parts of a batch, compiled once for each of their shapes."""
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ def free_bytes() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
+    if jax.default_backend() == "cpu":
         try:
             with open("/proc/meminfo", encoding="ascii") as lines:
                 sizes = dict(line.split(":") for line in lines)

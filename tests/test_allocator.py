@@ -24,14 +24,17 @@ for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x, y).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(kept, sum(faults[-10:]) // 10)
+print(kept, sorted(faults[-10:])[3])
 """
 PAGES = 2**26 // 4096  # more than glibc's own highest threshold for pieces of their own
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is tuned")
 
 
 def faults(keep: str, **environment: str) -> tuple[bool, int]:
-    """Whether a fresh process keeps pages, and the page faults of a late step in it."""
+    """Whether a fresh process keeps pages, and the page faults of an ordinary late step in it.
+
+    Now and then another thread's arena takes the piece, on a busy machine above all.
+    """
     own = {key: value for key, value in os.environ.items() if key not in allocator._OWN_SETTINGS}
     own |= {"JAX_PLATFORMS": "cpu"} | environment
     done = subprocess.run(

@@ -21,6 +21,8 @@ COMMANDS = [
     "evaluate",
     "predict",
     "inspect",
+    "convert",
+    "import",
     "tasks",
     "methods",
     "recipes",
@@ -41,7 +43,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
             seen.append(args)
             return work()
 
-        for room in ("train", "pretrain", "evaluate", "predict", "inspection", "listing"):
+        rooms = "train pretrain evaluate predict inspection convert importing listing"
+        for room in rooms.split():
             fake = types.SimpleNamespace(main=main)
             monkeypatch.setitem(sys.modules, f"jaxprompt.{room}", fake)
         return cli.main(list(argv)), seen[0]
@@ -70,6 +73,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
         ("predict p --input a --early-stopping never", "predict", {"early_stopping": "never"}),
         ("evaluate p --early-stopping false --num-beams 2", "evaluate", {"early_stopping": False}),
         ("inspect p --top 3", "inspection", {"prompt": "p", "top": 3, "json": False}),
+        ("convert a b", "convert", {"source": "a", "output": "b", "config": None, "dtype": None}),
+        ("convert a b --tokenizer t --dtype bfloat16", "convert", {"tokenizer": "t"}),
+        ("import a b --backbone c", "importing", {"backbone": "c", "layout": "{prompt}{input}"}),
+        ("import a b --backbone c --task t --json", "importing", {"task": "t", "json": True}),
         ("tasks --json", "listing", {"command": "tasks", "json": True}),
         ("methods", "listing", {"command": "methods"}),
         ("recipes", "listing", {"command": "recipes"}),
@@ -94,6 +101,7 @@ def test_arguments_reach_the_room(run, argv, room, expected):
         ("evaluate p --batch-size 0", "'0' is not a whole number above 0"),
         ("predict p", "required: --input"),
         ("predict p --input a --early-stopping 1", "'1' is not one of true, false, never"),
+        ("import p q", "required: --backbone"),
         ("inspect p q", "inspect does not know 'q'"),
         ("--jsn tasks", "does not know '--jsn'"),
     ],

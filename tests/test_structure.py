@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HOUSE = [
     ["typing"],
     [
-        *("allocator", "files", "logging", "losses", "metrics", "plots", "schema", "sharding"),
-        *("tensorfile", "trees"),
+        *("allocator", "arraystore", "files", "logging", "losses", "metrics", "plots"),
+        *("schema", "sharding", "tensorfile", "trees"),
     ],
     ["prompts", "t5"],
     ["data", "model"],
@@ -38,7 +38,10 @@ HOUSE = [
     ],
     [
         "api",
+        "arguments",
+        "convert",
         "evaluate",
+        "importing",
         "inspection",
         "listing",
         "plan",
@@ -54,7 +57,9 @@ HOUSE = [
 FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Neighbours on one floor that may see each other, and rooms that may not although floors allow it.
 NEIGHBOURS = {
+    ("arraystore", "tensorfile"),
     ("backbone", "artifact"),
+    ("interop", "artifact"),
     ("answerer", "generation"),
     ("config", "loop"),
     ("inference", "generation"),
@@ -76,6 +81,7 @@ DOORS = {
     "orbax": {"checkpoint.py"},
     "transformers": {"data/tokenizer.py"},
     "safetensors": {"tensorfile.py"},
+    "tensorstore": {"arraystore.py"},
 }
 FORBIDDEN = ("nnx.jit", "nnx.Optimizer", "nnx.DiffState", "jax._src", "pickle")
 NEVER_IMPORTED = ("tensorflow", "torch")

@@ -26,7 +26,7 @@ from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params, init_params
 from jaxprompt.t5.msgpack_file import read_msgpack
 from jaxprompt.t5.weight_files import FORMATS, WeightFiles, open_weights
-from jaxprompt.t5.weight_names import NAMES, weight_table
+from jaxprompt.t5.weight_names import NAMES, Layout, weight_table
 from jaxprompt.t5.weights import load_params, match, save_hf
 from jaxprompt.tensorfile import StoredTensor, read_safetensors, write_safetensors
 from jaxprompt.trees import flatten
@@ -46,13 +46,13 @@ def _state(config: T5Config, seed: int = 0) -> State:
     """Random tensors under torch's names, in torch's layout."""
     rng = np.random.default_rng(seed)
     table = weight_table(config)
-    return {w.name: rng.standard_normal(w.stored_shape(flax=False), np.float32) for w in table}
+    return {w.name: rng.standard_normal(w.stored_shape(Layout.TORCH), np.float32) for w in table}
 
 
 def _flax_state(state: State, config: T5Config) -> State:
     """The same under Flax's names, in Flax's layout: only kernels are the other way round."""
     kernels = {weight.name for weight in weight_table(config) if weight.word == "kernel"}
-    spelled = {weight.name: weight.stored_name(flax=True) for weight in weight_table(config)}
+    spelled = {weight.name: weight.stored_name(Layout.FLAX) for weight in weight_table(config)}
     return {spelled[name]: a.T.copy() if name in kernels else a for name, a in state.items()}
 
 
@@ -166,15 +166,15 @@ def test_names_are_those_of_transformers():
     assert "decoder.block.1.layer.1.EncDecAttention.o.weight" in names
     assert "decoder.block.1.layer.2.layer_norm.weight" in names
     assert "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" in names
-    flax_names = {weight.stored_name(flax=True) for weight in weight_table(CONFIG)}
+    flax_names = {weight.stored_name(Layout.FLAX) for weight in weight_table(CONFIG)}
     assert {"shared/embedding", "lm_head/kernel", "encoder/final_layer_norm/weight"} <= flax_names
 
 
 def test_stored_tensors_become_ours_without_a_copy():
-    for flax_layout in (False, True):
+    for layout in Layout:
         for weight in weight_table(CONFIG):
-            array = np.zeros(weight.stored_shape(flax_layout), np.float32)
-            ours = weight.ours(array, flax_layout)
+            array = np.zeros(weight.stored_shape(layout), np.float32)
+            ours = weight.ours(array, layout)
             assert ours.shape == weight.shape and np.shares_memory(ours, array), weight
 
 

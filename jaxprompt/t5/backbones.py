@@ -32,6 +32,7 @@ _FAMILIES = {
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NOT_IDENTITY = ("dropout_rate", "model_type")  # of a T5Config: these change no number it computes
 _SAMPLES = 64
+_HINT = "; `jaxprompt convert` makes one of a T5X checkpoint"
 
 
 def list_backbones() -> dict[str, str]:
@@ -56,12 +57,12 @@ def resolve_backbone(name: str, revision: str | None = None) -> Path:
     directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
     if directory.is_dir():
         if not (directory / "config.json").is_file():
-            raise UserError(f"{directory} holds no config.json, so it is not a backbone")
+            raise UserError(f"{directory} holds no config.json, so it is not a backbone{_HINT}")
         return directory
     if name == MINI:
         raise UserError(f"{directory} is missing from this installation; install jaxprompt again")
     if name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
-        raise UserError(f"backbone {name!r} is no directory and no hub name (owner/model)")
+        raise UserError(f"backbone {name!r} is no directory and no hub name (owner/model){_HINT}")
     return _download(name, revision)
 
 
@@ -105,7 +106,7 @@ def fingerprint(directory: Path, config: T5Config | None = None) -> str:
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for path, entries in sorted(match(files, config).items()):
         for weight, stored in entries:
-            ours = weight.ours(stored.read(), files.format.flax)
+            ours = weight.ours(stored.read(), files.layout)
             picked = np.linspace(0, ours.size - 1, _SAMPLES).round().astype(np.int64)
             values = ours[np.unravel_index(picked, ours.shape)].astype(np.float32)
             digest.update(f"{path} {weight.layer} {weight.shape}".encode())

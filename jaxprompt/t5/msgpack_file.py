@@ -1,9 +1,11 @@
 """Reads Flax's msgpack (`flax_model.msgpack`) by walking its bytes: arrays stay memory-mapped.
 
-Called by `weight_files`; names are the nested keys joined by "/".
+Called by `weight_files`, names are the nested keys joined by "/", and by `t5x`, whose files of that
+format hold more than arrays.
 """
 
 import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 from jaxprompt.tensorfile import StoredTensor, map_bytes
 from jaxprompt.typing import UserError
 
-_NDARRAY = 1  # flax.serialization's ext code of (shape, dtype name, bytes)
+_ARRAYS = (1, 3)  # flax.serialization's ext codes of (shape, dtype name, bytes): arrays, scalars
 _CHUNKED = "__msgpack_chunked_array__"  # how flax splits arrays of more than 1 GiB
 _MAX_DEPTH = 32
 # first byte -> (kind, bytes of the length field) of every sized msgpack type Flax writes
@@ -26,6 +28,8 @@ _SIZED = {
 }  # fmt: skip
 _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 _UNSIGNED = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
+_SIGNED = {0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_FLOATS = {0xCA: ">f", 0xCB: ">d"}
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
@@ -36,12 +40,20 @@ def read_msgpack(path: Path) -> dict[str, StoredTensor]:
     """
     content = map_bytes(path)
     try:
-        tree, end = _value(content, 0, 0)
-        if not isinstance(tree, dict) or end != len(content):
-            raise ValueError("no map of arrays, or bytes after it")
-        return dict(_leaves(tree, ()))
+        return dict(_leaves(parse_msgpack(content), ()))
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: is not a Flax weights file, or it is damaged: {error}") from error
+
+
+def parse_msgpack(content: np.ndarray) -> dict[str, Any]:
+    """The nested dict of a file's bytes, uint8 [size]; arrays are StoredTensors, views of them.
+
+    Raises: ValueError, TypeError or LookupError if it is none or is damaged.
+    """
+    tree, end = _value(content, 0, 0)
+    if not isinstance(tree, dict) or end != len(content):
+        raise ValueError("no map of arrays, or bytes after it")
+    return _with_whole_arrays(tree)
 
 
 def _value(data: np.ndarray, at: int, depth: int) -> tuple[Any, int]:
@@ -56,6 +68,14 @@ def _value(data: np.ndarray, at: int, depth: int) -> tuple[Any, int]:
         return _CONSTANTS[code], at
     if code in _UNSIGNED:
         return _number(data, at, _UNSIGNED[code]), at + _UNSIGNED[code]
+    if code in _SIGNED:
+        content = _take(data, at, _SIGNED[code]).tobytes()
+        return int.from_bytes(content, "big", signed=True), at + _SIGNED[code]
+    if code in _FLOATS:
+        size = struct.calcsize(_FLOATS[code])
+        return struct.unpack(_FLOATS[code], _take(data, at, size).tobytes())[0], at + size
+    if code >= 0xE0:
+        return code - 0x100, at
     if code < 0x90:
         return _map(data, at, code & 0x0F, depth)
     if code < 0xA0:
@@ -114,7 +134,7 @@ def _map(data: np.ndarray, at: int, size: int, depth: int) -> tuple[dict[str, An
 
 
 def _ext(data: np.ndarray, at: int, size: int, depth: int) -> tuple[StoredTensor, int]:
-    if int(data[at]) != _NDARRAY:
+    if int(data[at]) not in _ARRAYS:
         raise ValueError(f"extension type {int(data[at])} at byte {at}")
     (shape, dtype, content), end = _value(data, at + 1, depth + 1)
     if end != at + 1 + size:
@@ -123,10 +143,18 @@ def _ext(data: np.ndarray, at: int, size: int, depth: int) -> tuple[StoredTensor
     return StoredTensor.of(content.view(kind).reshape(shape)), end
 
 
+def _with_whole_arrays(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with arrays in place of their chunks."""
+    if _CHUNKED in tree:
+        raise ValueError("the whole of it is one array")
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            tree[name] = _joined(value) if _CHUNKED in value else _with_whole_arrays(value)
+    return tree
+
+
 def _leaves(tree: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, StoredTensor]]:
     for name, value in tree.items():
-        if isinstance(value, dict) and _CHUNKED in value:
-            value = _joined(value)
         if isinstance(value, dict):
             yield from _leaves(value, (*path, name))
         elif isinstance(value, StoredTensor):

@@ -1,4 +1,4 @@
-"""Finds a directory's weights, single or sharded, in any format of the table `FORMATS`.
+"""Finds a directory's weights: single or sharded in a format of the table `FORMATS`, or T5X's.
 
 A new format is a reader (path -> {name: StoredTensor}) and one line here.
 """
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxprompt.t5.msgpack_file import read_msgpack
+from jaxprompt.t5.t5x import open_t5x
 from jaxprompt.t5.torch_bin import read_torch_bin
+from jaxprompt.t5.weight_names import Layout
 from jaxprompt.tensorfile import StoredTensor, read_safetensors
 from jaxprompt.typing import UserError
 
@@ -22,14 +24,13 @@ class Format:
       file: name of the unsharded file; the index of a sharded one adds ".index.json".
       shards: pattern of a sharded one's files.
       read: opens one file.
-      flax: whether names and matrices are Flax's ("a/b/kernel", [in, out]) or torch's
-        ("a.b.weight", [out, in]).
+      layout: how it spells names and stores matrices.
     """
 
     file: str
     shards: str
     read: Callable[[Path], dict[str, StoredTensor]]
-    flax: bool
+    layout: Layout
 
     @property
     def index(self) -> str:
@@ -38,18 +39,18 @@ class Format:
 
 
 FORMATS = (
-    Format("model.safetensors", "model-*.safetensors", read_safetensors, flax=False),
-    Format("pytorch_model.bin", "pytorch_model-*.bin", read_torch_bin, flax=False),
-    Format("flax_model.msgpack", "flax_model-*.msgpack", read_msgpack, flax=True),
+    Format("model.safetensors", "model-*.safetensors", read_safetensors, Layout.TORCH),
+    Format("pytorch_model.bin", "pytorch_model-*.bin", read_torch_bin, Layout.TORCH),
+    Format("flax_model.msgpack", "flax_model-*.msgpack", read_msgpack, Layout.FLAX),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFiles:
-    """What a directory stores: the file that was opened, its format, every tensor by its name."""
+    """What a directory stores: what was opened, its layout, every tensor by its name."""
 
-    path: Path
-    format: Format
+    path: Path | str
+    layout: Layout
     tensors: dict[str, StoredTensor]
 
 
@@ -60,21 +61,27 @@ def choose_files(names: Iterable[str]) -> tuple[Format, str] | None:
     return next(((format_, file) for format_, file in candidates if file in names), None)
 
 
-def open_weights(directory: Path) -> WeightFiles:
-    """Opens the weights of a directory without reading tensors.
+def open_weights(directory: Path | str) -> WeightFiles:
+    """Opens the weights of a directory, or of a T5X checkpoint, without reading tensors.
 
     Raises: UserError if there are none, or if index and shards disagree; both sides are named.
     """
-    directory = Path(directory)
-    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+    folder = Path(directory)
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     chosen = choose_files(names)
     if chosen is None:
+        checkpoint = open_t5x(str(directory))
+        if checkpoint is not None:
+            return WeightFiles(checkpoint.where, checkpoint.layout, checkpoint.tensors)
         wanted = ", ".join(format_.file for format_ in FORMATS)
-        raise UserError(f"{directory}: holds no weights ({wanted}, or the index of sharded ones)")
+        raise UserError(
+            f"{directory}: holds no weights ({wanted}, or the index of sharded ones) and is no T5X "
+            "checkpoint"
+        )
     format_, file = chosen
-    path = directory / file
+    path = folder / file
     tensors = format_.read(path) if file == format_.file else _open_shards(path, format_)
-    return WeightFiles(path, format_, tensors)
+    return WeightFiles(path, format_.layout, tensors)
 
 
 def name_some(names: Iterable[str]) -> str:

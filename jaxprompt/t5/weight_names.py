@@ -1,6 +1,7 @@
-"""The one table of our parameter names and Hugging Face's, and how each tensor lies in a file."""
+"""The one table of our parameter names and the formats', and how each tensor lies in a file."""
 
 import dataclasses
+import enum
 import math
 
 import numpy as np
@@ -8,6 +9,21 @@ import numpy as np
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.trees import flatten
+
+
+class Layout(enum.Enum):
+    """How a format spells names and how it stores matrices.
+
+    TORCH: "a.b.weight", kernels [out, in]. FLAX: "a/b/kernel", kernels [in, out]. T5X: our names
+    with "layers_3" for row 3 of a stack, everything as we have it but heads joined. T5X_SCANNED:
+    the same, but with "[3]" behind the name of the stack (the reader takes it apart).
+    """
+
+    TORCH = enum.auto()
+    FLAX = enum.auto()
+    T5X = enum.auto()
+    T5X_SCANNED = enum.auto()
+
 
 _BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -84,9 +100,10 @@ class Weight:
         """What kind of parameter it is: embedding, rel_embedding, scale or kernel."""
         return self.path.rsplit("/", 1)[1]
 
-    def transposed(self, flax: bool) -> bool:
+    def transposed(self, layout: Layout) -> bool:
         """Whether the stored matrix is [out, in] where ours is [in, out]."""
-        return self.word == "rel_embedding" or (self.word == "kernel" and not flax)
+        words = {Layout.TORCH: ("rel_embedding", "kernel"), Layout.FLAX: ("rel_embedding",)}
+        return self.word in words.get(layout, ())
 
     def flat_shape(self) -> tuple[int, ...]:
         """Ours with heads and head size merged, as every stored format has them."""
@@ -95,22 +112,30 @@ class Weight:
         inputs = 2 if "/out/" in self.path else 1
         return math.prod(self.shape[:inputs]), math.prod(self.shape[inputs:])
 
-    def stored_name(self, flax: bool) -> str:
+    def stored_name(self, layout: Layout) -> str:
         """The name in a file of that format."""
-        return spell(self.name, _FLAX_WORDS[self.word]) if flax else self.name
+        if layout is Layout.TORCH:
+            return self.name
+        if layout is Layout.FLAX:
+            return spell(self.name, _FLAX_WORDS[self.word])
+        if self.layer is None:
+            return self.path
+        if layout is Layout.T5X:
+            return self.path.replace("/layers/", f"/layers_{self.layer}/")
+        return f"{self.path}[{self.layer}]"
 
-    def stored_shape(self, flax: bool) -> tuple[int, ...]:
+    def stored_shape(self, layout: Layout) -> tuple[int, ...]:
         """The shape in a file of that format."""
-        return self.flat_shape()[::-1] if self.transposed(flax) else self.flat_shape()
+        return self.flat_shape()[::-1] if self.transposed(layout) else self.flat_shape()
 
-    def ours(self, array: np.ndarray, flax: bool) -> np.ndarray:
+    def ours(self, array: np.ndarray, layout: Layout) -> np.ndarray:
         """A stored array as a view in our layout (a copy only where strides allow no view)."""
-        return (array.T if self.transposed(flax) else array).reshape(self.shape)
+        return (array.T if self.transposed(layout) else array).reshape(self.shape)
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
         """Our array in torch's layout."""
         flat = array.reshape(self.flat_shape())
-        return flat.T if self.transposed(flax=False) else flat
+        return flat.T if self.transposed(Layout.TORCH) else flat
 
 
 def spell(name: str, word: str) -> str:

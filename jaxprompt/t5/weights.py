@@ -1,4 +1,4 @@
-"""Hugging Face weights to the stacked parameter tree and back: `load_params`, `save_hf`, `match`.
+"""Stored weights to the stacked parameter tree and back: `load_params`, `save_hf`, `match`.
 
 Loading is closed on both sides: every key there is and every key that is wanted is accounted for,
 or it stops and names them.
@@ -21,7 +21,7 @@ from jaxprompt.files import replacing_directory, writing
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.weight_files import WeightFiles, name_some, open_weights
-from jaxprompt.t5.weight_names import Weight, spell, weight_table
+from jaxprompt.t5.weight_names import Layout, Weight, spell, weight_table
 from jaxprompt.tensorfile import StoredTensor, write_safetensors
 from jaxprompt.trees import flatten, map_with_path
 from jaxprompt.typing import ArrayTree, UserError
@@ -38,6 +38,13 @@ SHARD_BYTES = 5 * 10**9
 
 # copies of the embedding table; the first that is there is read, the others must equal it
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+T5X_TABLE, T5X_HEAD = "token_embedder/embedding", "decoder/logits_dense/kernel"
+_HEAD_NAMES = {
+    Layout.TORCH: "lm_head.weight",
+    Layout.FLAX: "lm_head/kernel",
+    Layout.T5X: T5X_HEAD,
+    Layout.T5X_SCANNED: T5X_HEAD,
+}
 # left over from a bug of early transformers: a bias of cross-attention that was never used
 IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
@@ -48,21 +55,21 @@ def match(files: WeightFiles, config: T5Config) -> dict[str, list[tuple[Weight, 
     Raises: UserError naming keys that are missing, unknown, of another shape or not of numbers, and
       copies of the embedding table (or of a tied output layer) that differ from it.
     """
-    flax, tensors = files.format.flax, dict(files.tensors)
+    layout, tensors = files.layout, dict(files.tensors)
     for name in IGNORED:
-        tensors.pop(spell(name, "embedding") if flax else name, None)
+        tensors.pop(spell(name, "embedding") if layout is Layout.FLAX else name, None)
     table = weight_table(config)
-    copies = _embedding_copies(tensors, flax, config.tie_word_embeddings)
+    copies = _embedding_copies(tensors, layout, config.tie_word_embeddings)
     found: dict[str, list[tuple[Weight, StoredTensor]]] = collections.defaultdict(list)
     missing, misfits = [], []
     for weight in table:
-        name = weight.stored_name(flax)
+        name = weight.stored_name(layout)
         is_table = weight.name == EMBEDDING_NAMES[0] and copies
         stored = copies[0][1] if is_table else tensors.pop(name, None)
         if stored is None:
             missing.append(name)
             continue
-        expected = weight.stored_shape(flax)
+        expected = weight.stored_shape(layout)
         if stored.shape != expected:
             misfits.append(f"{name} {list(stored.shape)} instead of {list(expected)}")
         elif not jnp.issubdtype(stored.dtype, jnp.floating):
@@ -78,14 +85,25 @@ def match(files: WeightFiles, config: T5Config) -> dict[str, list[tuple[Weight, 
     }
     told = [f"{kind}: {name_some(names)}" for kind, names in problems.items() if names]
     if told:
-        raise UserError(f"{files.path}: does not fit its config.json; {'; '.join(told)}")
+        raise UserError(f"{files.path}: does not fit its {_described(layout)}; {'; '.join(told)}")
     return dict(found)
+
+
+def embedding_table(files: WeightFiles) -> StoredTensor:
+    """The stored embedding table, whichever of its names it has.
+
+    Raises: UserError if there is none.
+    """
+    copies = _embedding_copies(dict(files.tensors), files.layout, tied=False)
+    if not copies:
+        raise UserError(f"{files.path}: has no embedding table, so it is no T5 that can be read")
+    return copies[0][1]
 
 
 def embedding_is_output(files: WeightFiles) -> bool:
     """Whether the embedding table makes the logits: no output layer is stored, or an equal one."""
-    copies = _embedding_copies(dict(files.tensors), files.format.flax, tied=True)
-    if not copies or copies[-1][0] != _head_name(files.format.flax):
+    copies = _embedding_copies(dict(files.tensors), files.layout, tied=True)
+    if not copies or copies[-1][0] != _HEAD_NAMES[files.layout]:
         return True
     return _equal(copies[0][1], copies[-1][1])
 
@@ -102,10 +120,12 @@ def load_params(
 
     Files stay memory-mapped; the host holds one block of rows (layers) at a time in the target
     dtype and layout: at most `host_bytes`, or one layer's tensor if that is larger. Each process
-    reads the bytes of its own shards only.
+    reads the bytes of its own shards only. Of T5X, whose arrays are compressed, whole tensors are
+    read, one at a time.
 
     Args:
-      directory: holds safetensors, torch .bin or Flax msgpack weights, single or sharded.
+      directory: holds safetensors, torch .bin or Flax msgpack weights, single or sharded, or is a
+        T5X checkpoint.
       config: what the weights must fit.
       dtype: of the arrays.
       shardings: a tree like `param_specs` with a sharding for each; None = the first device.
@@ -119,7 +139,7 @@ def load_params(
 
     def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = alone if shardings is None else flatten(shardings)[path]
-        return _place(_filler(matched[path], files.format.flax), leaf, sharding, host_bytes)
+        return _place(_filler(matched[path], files.layout), leaf, sharding, host_bytes)
 
     return map_with_path(place, abstract_params(config, dtype))
 
@@ -131,7 +151,7 @@ def read_embedding(directory: Path, config: T5Config) -> np.ndarray:
     """
     files = open_weights(directory)
     ((weight, stored),) = match(files, config)["token_embedder/embedding"]
-    return weight.ours(stored.read(), files.format.flax).astype(np.float32)
+    return weight.ours(stored.read(), files.layout).astype(np.float32)
 
 
 def save_hf(
@@ -154,8 +174,47 @@ def save_hf(
         the host holds at most while writing.
     Raises: UserError if parameters and config disagree or the disk is full.
     """
-    table, flat = weight_table(config), _checked(params, config)
-    kind = jnp.dtype(dtype)
+    flat = _checked(params, config)
+
+    def fetch(weight: Weight) -> np.ndarray:
+        leaf = flat[weight.path]
+        array = leaf if weight.layer is None else _take_row(leaf, weight.layer)
+        return weight.theirs(np.asarray(array))
+
+    _write_hf(directory, config, fetch, tokenizer_dir, dtype, shard_bytes)
+
+
+def convert_hf(
+    directory: Path,
+    files: WeightFiles,
+    config: T5Config,
+    tokenizer_dir: Path | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save_hf` straight from stored weights of any format, tensor by tensor; no device is used.
+
+    Raises: UserError if files are damaged or do not fit the architecture, or the disk is full.
+    """
+    stored = {
+        weight.name: tensor for found in match(files, config).values() for weight, tensor in found
+    }
+
+    def fetch(weight: Weight) -> np.ndarray:
+        return weight.theirs(weight.ours(stored[weight.name].read(), files.layout))
+
+    _write_hf(directory, config, fetch, tokenizer_dir, dtype, shard_bytes)
+
+
+def _write_hf(
+    directory: Path,
+    config: T5Config,
+    fetch: Callable[[Weight], np.ndarray],
+    tokenizer_dir: Path | None,
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    table, kind = weight_table(config), jnp.dtype(dtype)
     shards = _cut(table, kind.itemsize, shard_bytes)
     with replacing_directory(directory) as temporary, writing(directory):
         _write_json(temporary / "config.json", config.to_hf() | {"dtype": dtype})
@@ -163,12 +222,9 @@ def save_hf(
             if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
                 shutil.copy2(Path(tokenizer_dir) / name, temporary / name)
         for file, weights in shards.items():
-            tensors = {}
-            for weight in weights:
-                leaf = flat[weight.path]
-                array = leaf if weight.layer is None else _take_row(leaf, weight.layer)
-                tensors[weight.name] = np.ascontiguousarray(weight.theirs(np.asarray(array)), kind)
+            tensors = {w.name: np.ascontiguousarray(fetch(w), kind) for w in weights}
             write_safetensors(temporary / file, tensors)
+            del tensors  # before the next are there
         if len(shards) > 1:
             total = sum(math.prod(weight.shape) for weight in table) * kind.itemsize
             places = {weight.name: file for file, weights in shards.items() for weight in weights}
@@ -177,19 +233,24 @@ def save_hf(
 
 
 def _embedding_copies(
-    tensors: dict[str, StoredTensor], flax: bool, tied: bool
+    tensors: dict[str, StoredTensor], layout: Layout, tied: bool
 ) -> list[tuple[str, StoredTensor]]:
     """Takes out every copy of the embedding table, the one to read first; all in its layout."""
-    names = [spell(name, "embedding") if flax else name for name in EMBEDDING_NAMES]
+    names = {
+        Layout.TORCH: EMBEDDING_NAMES,
+        Layout.FLAX: [spell(name, "embedding") for name in EMBEDDING_NAMES],
+    }.get(layout, [T5X_TABLE])
     copies = [(name, tensors.pop(name)) for name in names if name in tensors]
-    head = _head_name(flax)
+    head = _HEAD_NAMES[layout]
     if tied and head in tensors:
-        copies.append((head, tensors.pop(head).transposed() if flax else tensors.pop(head)))
+        stored = tensors.pop(head)
+        copies.append((head, stored if layout is Layout.TORCH else stored.transposed()))
     return copies
 
 
-def _head_name(flax: bool) -> str:
-    return "lm_head/kernel" if flax else "lm_head.weight"
+def _described(layout: Layout) -> str:
+    """What the weights were held against, for error messages."""
+    return "config.json" if layout in (Layout.TORCH, Layout.FLAX) else "architecture"
 
 
 def _equal(first: StoredTensor, second: StoredTensor) -> bool:
@@ -205,11 +266,11 @@ def _equal(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def _filler(
-    sources: list[tuple[Weight, StoredTensor]], flax: bool
+    sources: list[tuple[Weight, StoredTensor]], layout: Layout
 ) -> Callable[[np.ndarray, tuple[slice, ...]], None]:
     """A function that writes one part of a parameter into a block, cast to the block's dtype."""
     if sources[0][0].layer is None:
-        whole = sources[0][0].ours(sources[0][1].read(), flax)
+        whole = sources[0][0].ours(sources[0][1].read(), layout)
 
         def fill(block: np.ndarray, index: tuple[slice, ...]) -> None:
             block[...] = whole[index]
@@ -218,7 +279,7 @@ def _filler(
         def fill(block: np.ndarray, index: tuple[slice, ...]) -> None:
             layers, *rest = index
             for row, (weight, stored) in zip(block, sources[layers], strict=True):
-                row[...] = weight.ours(stored.read(), flax)[tuple(rest)]
+                row[...] = weight.ours(stored.read(), layout)[tuple(rest)]
 
     return fill
 
