@@ -30,8 +30,7 @@ from jaxprompt.members import Member, Progress
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer
 from jaxprompt.plots import write_run_plot
-from jaxprompt.prompts import METHODS
-from jaxprompt.prompts.bank import PromptBank, members
+from jaxprompt.prompts.bank import members
 from jaxprompt.schema import to_mapping
 from jaxprompt.sharding import make_mesh, replicate, shard_batch
 from jaxprompt.steps import init_state
@@ -43,6 +42,8 @@ from jaxprompt.trainee import (
     make_trainee,
     mean_of,
     run_identity,
+    taken_apart,
+    train_batches,
 )
 from jaxprompt.trees import count, size_in_bytes, split
 from jaxprompt.typing import ArrayTree
@@ -133,12 +134,17 @@ def train_together(
     trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
 
     # ---- what is trained, by what step -------------------------------------------------------
-    graphdef, trained, frozen = _taken_apart(trainees, backbone, mesh)
+    values = [
+        replicate(mesh, initial_values(one.config, backbone, one.task))
+        for one in trainees
+        if shared.tune == "prompt"
+    ]
+    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
     batches = SideBySide(
-        [_batches(one, mesh.shape["data"]) for one in trainees],
+        [train_batches(one, mesh.shape["data"]) for one in trainees],
         [one.options for one in trainees],
         backbone.tokenizer.pad_id,
         max(1, mesh.shape["data"] // jax.process_count()) * shared.train.accumulate,
@@ -248,31 +254,6 @@ def train_together(
         )
         for one, progress in zip(trainees, all_progress, strict=True)
     ]
-
-
-def _taken_apart(
-    trainees: Sequence[Trainee], backbone: Backbone, mesh: jax.sharding.Mesh
-) -> tuple[Any, ArrayTree, ArrayTree]:
-    """Graph definition, trained and frozen tree of the backbone with all prompts on it."""
-    if trainees[0].config.tune == "model":
-        return split(PromptedT5(backbone.module()), ...)
-    methods = []
-    for one in trainees:
-        values = replicate(mesh, initial_values(one.config, backbone, one.task))
-        methods.append(METHODS[one.config.method.name].make(values, one.config.method))
-    method = methods[0] if len(methods) == 1 else PromptBank(methods)
-    return split(PromptedT5(backbone.module(), method))
-
-
-def _batches(one: Trainee, devices: int) -> TrainBatches:
-    return TrainBatches(
-        one.encoder,
-        one.source,
-        seed=one.config.seed,
-        row_multiple=one.config.data.row_multiple or devices * one.config.train.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def _side_by_side(examples: Mapping[int, Iterator[Any]]) -> Iterator[Asked]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,103 +11,85 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxprompt.compiled import CompiledStep
 from jaxprompt.config import RunConfig, step_options
-from jaxprompt.model import PromptedT5
-from jaxprompt.optim import make_optimizer, state_shardings
+from jaxprompt.optim import make_optimizer
+from jaxprompt.planning.shapes import StepShape
 from jaxprompt.prompts import METHODS
 from jaxprompt.sharding import named_sharding, tree_shardings
-from jaxprompt.steps import init_state, train_step
+from jaxprompt.steps import TrainState, init_state
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params, param_specs
 from jaxprompt.t5.model import T5
-from jaxprompt.trees import split
-from jaxprompt.typing import ArrayTree, Batch, UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """Of a batch: rows B, encoder and decoder positions S and T of a row, examples in it G."""
-
-    rows: int
-    encoder: int
-    decoder: int
-    segments: int = 1
+from jaxprompt.trainee import taken_apart, total_steps
+from jaxprompt.typing import ArrayTree, Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStep:
-    """A step and the shapes, types and places of what it is called with.
+    """A step as training calls it.
 
     Attributes:
-      run: (state, frozen, batch) -> (state, metrics).
-      state, frozen, batch: ShapeDtypeStructs with shardings.
+      mesh: of devices, which need not be here.
+      traced: the program as JAX sees it: `.jaxpr`, and `.lower().compile()`.
+      state, frozen, batch: shapes, types and places of what it is called with.
     """
 
-    run: Any
-    state: ArrayTree
+    mesh: Mesh
+    traced: jax.stages.Traced
+    state: TrainState
     frozen: ArrayTree
     batch: Batch
-
-    def compile(self) -> jax.stages.Compiled:
-        """Compiles for the devices of the shardings, the state donated as in training."""
-        return jax.jit(self.run, donate_argnums=0).lower(
-            self.state, self.frozen, self.batch
-        ).compile()  # fmt: skip
-
-    def trace(self) -> Any:
-        """The program as JAX sees it, before any compiler."""
-        return jax.make_jaxpr(self.run)(self.state, self.frozen, self.batch)
 
 
 def abstract_step(config: RunConfig, t5: T5Config, mesh: Mesh, shape: StepShape) -> AbstractStep:
     """The step that `jaxprompt train` compiles for a config, on a mesh.
 
-    Raises: UserError for sizes that do not divide over the mesh, or rows that do not.
+    Raises: UserError for sizes that do not divide over the mesh.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = functools.partial(_placed, everywhere)
-    tuning_model = config.tune == "model"
-    dtype = "float32" if tuning_model else config.backbone.dtype
-    specs = param_specs(t5)
-    shardings = tree_shardings(mesh, specs, config.mesh.weights_over_data)
-    params = jax.tree.map(
-        lambda leaf, where: _placed(where, leaf), abstract_params(t5, dtype), shardings
-    )
     compute = dataclasses.replace(config.backbone.compute(), mesh=mesh)
-    backbone = T5(t5, params, compute)
-    if tuning_model:
-        graphdef, trained, frozen = split(PromptedT5(backbone), ...)
-    else:
-        values = jax.tree.map(placed, _method_values(config, t5))
-        method = METHODS[config.method.name].make(values, config.method)
-        graphdef, trained, frozen = split(PromptedT5(backbone, method))
-    optimizer = make_optimizer(config.optim, max(1, config.train.steps))
-    state = jax.eval_shape(
-        functools.partial(init_state, optimizers=[optimizer], seeds=[0]), trained
+    params = _weights(config, t5, mesh)
+    values = jax.tree.map(placed, _method_values(config, t5))
+    graphdef, trained, frozen = taken_apart([config], T5(t5, params, compute), [values])
+    optimizers = [make_optimizer(config.optim, total_steps(config, 0))]
+    init = functools.partial(init_state, optimizers=optimizers, seeds=[config.seed])
+    state = jax.tree.map(placed, jax.eval_shape(init, trained))
+    batch = _batch(mesh, shape)
+    step = CompiledStep(graphdef, optimizers)
+    traced = step.traced(step_options(config), state, frozen, batch)
+    return AbstractStep(mesh, traced, state, frozen, batch)
+
+
+def weights_on_a_device(config: RunConfig, t5: T5Config, mesh: Mesh) -> int:
+    """Bytes of the backbone on each device; nothing is traced or compiled for it.
+
+    Raises: UserError as `abstract_step`.
+    """
+    return own_bytes(_weights(config, t5, mesh))
+
+
+def own_bytes(tree: ArrayTree) -> int:
+    """Bytes of a tree's leaves on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
-    state = _state_placed(state, trained, optimizer, placed)
-    run = functools.partial(train_step, graphdef, [optimizer], step_options(config))
-    return AbstractStep(run, state, frozen, _batch(mesh, shape))
+
+
+def _weights(config: RunConfig, t5: T5Config, mesh: Mesh) -> ArrayTree:
+    dtype = "float32" if config.tune == "model" else config.backbone.dtype
+    shardings = tree_shardings(mesh, param_specs(t5), config.mesh.weights_over_data)
+    return jax.tree.map(_placed, shardings, abstract_params(t5, dtype))
 
 
 def _placed(where: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def _state_placed(state: Any, trained: ArrayTree, optimizer: Any, placed: Any) -> Any:
-    """Trained parameters and their moments lie as the parameters do, the rest everywhere."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, trained)
-    moments = [state_shardings(optimizer, trained)]
-    rest = jax.tree.map(placed, state)
-    return dataclasses.replace(
-        rest,
-        trained=jax.tree.map(lambda leaf, at: _placed(at, leaf), state.trained, where),
-        opt_state=jax.tree.map(lambda leaf, at: _placed(at, leaf), state.opt_state, moments),
-    )
-
-
 def _method_values(config: RunConfig, t5: T5Config) -> Mapping[str, Any]:
-    """Shapes of the method's first values."""
+    """Shapes of the method's first values; the values need a vocabulary."""
 
     def rows(key: Any, method: Any) -> np.ndarray:
         return np.zeros((method.length, t5.d_model), np.float32)
@@ -115,11 +98,6 @@ def _method_values(config: RunConfig, t5: T5Config) -> Mapping[str, Any]:
 
 
 def _batch(mesh: Mesh, shape: StepShape) -> Batch:
-    if shape.rows % mesh.shape["data"]:
-        raise UserError(
-            f"{shape.rows} rows do not divide over {mesh.shape['data']} data devices; rows that "
-            f"would: {mesh.shape['data'] * -(-shape.rows // mesh.shape['data'])}"
-        )
     widths = {"BS": shape.encoder, "BT": shape.decoder, "BG": shape.segments}
     arrays = {}
     for field in dataclasses.fields(Batch):

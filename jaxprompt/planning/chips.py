@@ -1,13 +1,14 @@
 """Chips and topologies: what each can do, and devices to compile for without having any.
 
-Figures are those of Google's documentation of each TPU, per JAX device: where a chip shows itself
-as two devices (v3, tpu7x), half a chip.
+`CHIPS` is the one table of figures, docs/plan.md says where they are from. All are of one JAX
+device: where a chip shows itself as two devices (v3, tpu7x), of half a chip.
 """
 
 import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,12 +25,12 @@ class Chip:
 
     Attributes:
       name: as a topology begins, such as "v5e".
-      memory: bytes of HBM.
+      memory: bytes of HBM that a program may use; the compiler and the runtime keep the rest.
       flops: bfloat16 FLOP/s at most.
       memory_rate: bytes/s from HBM.
-      link_rate: bytes/s to all neighbours together, in one direction.
-      flops_a_cycle: bfloat16; 0 = not documented.
-      device: what one device is.
+      link_rate: bytes/s over one link, in one direction.
+      links: to neighbours.
+      cycles_per_second: of the compiler's estimates; 0 = not known.
     """
 
     name: str
@@ -37,25 +38,19 @@ class Chip:
     flops: float
     memory_rate: float
     link_rate: float
-    flops_a_cycle: int
-    device: str = "chip"
-
-    @property
-    def cycles_a_second(self) -> float:
-        """Of the matrix units; 0 where unknown."""
-        return self.flops / self.flops_a_cycle if self.flops_a_cycle else 0.0
+    links: int
+    cycles_per_second: float
 
 
-_MXU = 128 * 128 * 2  # FLOPs a cycle of one matrix unit
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v3", 16 * GIB, 61.5e12, 450 * GB, 82 * GB, 2 * _MXU, "half a chip (one core)"),
-        Chip("v4", 32 * GIB, 275e12, 1228 * GB, 300 * GB, 8 * _MXU),
-        Chip("v5e", 16 * GIB, 197e12, 819 * GB, 200 * GB, 4 * _MXU),
-        Chip("v5p", 95 * GIB, 459e12, 2765 * GB, 600 * GB, 8 * _MXU),
-        Chip("v6e", 32 * GIB, 918e12, 1638 * GB, 400 * GB, 2 * 4 * 2 * _MXU),
-        Chip("tpu7x", 96 * GIB, 1153.5e12, 3690 * GB, 300 * GB, 0, "half a chip (one core)"),
+        Chip("v3", 15.48 * GIB, 61.5e12, 450 * GB, 35 * GB, 4, 0.94e9),
+        Chip("v4", 30.75 * GIB, 275e12, 1228 * GB, 50 * GB, 6, 1.05e9),
+        Chip("v5e", 15.25 * GIB, 197e12, 819 * GB, 50 * GB, 4, 1.5e9),
+        Chip("v5p", 94 * GIB, 459e12, 2765 * GB, 100 * GB, 6, 1.75e9),
+        Chip("v6e", 31.25 * GIB, 918e12, 1638 * GB, 100 * GB, 4, 1.75e9),
+        Chip("tpu7x", 94 * GIB, 1153.5e12, 3690 * GB, 50 * GB, 6, 0),
     )
 }
 _PLATFORM = {  # what the TPU compiler wants to see where there is no TPU
@@ -63,8 +58,8 @@ _PLATFORM = {  # what the TPU compiler wants to see where there is no TPU
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
-_TPU = re.compile(r"(\w+):(\d+x\d+(?:x\d+)?)")
-_HERE = re.compile(r"(cpu|gpu):(\d+)")
+_TPU = re.compile(r"([a-z]\w*):(\d+x\d+(?:x\d+)?)")
+_HERE = re.compile(r"(cpu|gpu):([1-9]\d*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,39 +74,82 @@ class Topology:
 
     name: str
     chip: Chip | None
-    devices: list[Any]
+    devices: Sequence[Any]
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Chips along each direction in which there are several."""
+        shape = self.name.partition(":")[2]
+        return tuple(side for side in map(int, shape.split("x")) if side > 1)
+
+    @property
+    def links(self) -> int:
+        """Links to neighbours that a chip of this topology can have in use."""
+        if self.chip is None:
+            return 0
+        return min(self.chip.links, sum(1 if side == 2 else 2 for side in self.sides))
 
 
-def open_topology(name: str) -> Topology:
-    """Devices of a topology, of a TPU that is nowhere near, or of the machine at hand.
+def open_topologies(names: Sequence[str]) -> list[Topology]:
+    """Devices of TPU topologies that are nowhere near, or of the machine at hand.
+
+    In a process of its own this also makes JAX leave TPUs that are here alone, and show as many
+    CPU devices as are asked for; in one that has used devices before, what is there is there.
 
     Args:
-      name: "KIND:AxB" or "KIND:AxBxC" for TPUs, "cpu:N" or "gpu:N" for N devices of this machine.
+      names: "KIND:AxB" or "KIND:AxBxC" for TPUs, "cpu:N" or "gpu:N" for N devices of this machine.
     Raises: UserError for a name that is none, a kind that is not in `CHIPS`, a missing TPU
       compiler, a shape the compiler does not know, or fewer devices here than asked for.
     """
-    here, there = _HERE.fullmatch(name), _TPU.fullmatch(name)
-    if here:
-        return Topology(name, None, _devices_here(here[1], int(here[2])))
+    here = {name: _HERE.fullmatch(name) for name in names}
+    for name in names:
+        if not here[name]:
+            _check_tpu(name)
+    kinds = {found[1] for found in here.values() if found}
+    counts = [int(found[2]) for found in here.values() if found and found[1] == "cpu"]
+    _prepare("gpu" not in kinds, max(counts, default=0))
+    return [
+        Topology(name, None, _devices_here(found[1], int(found[2])))
+        if found
+        else Topology(name, CHIPS[name.partition(":")[0]], _devices_there(name))
+        for name, found in here.items()
+    ]
+
+
+def _check_tpu(name: str) -> None:
+    there = _TPU.fullmatch(name)
     if not there:
         raise UserError(f"topology {name!r} is not of the form v5e:2x2, v4:2x2x4, cpu:8 or gpu:1")
     if there[1] not in CHIPS:
-        raise UserError(f"topology {name!r}: there are {', '.join(CHIPS)}, and cpu:N, gpu:N")
+        raise UserError(
+            f"topology {name!r} is of no chip that is known: {', '.join(CHIPS)}, or cpu:N and gpu:N"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "the TPU compiler is not installed: pip install 'jaxprompt[plan]' (it needs no TPU)"
+            f"topology {name!r} needs the TPU compiler (not a TPU), which is not installed: "
+            "pip install 'jaxprompt[plan]'"
         )
-    return Topology(name, CHIPS[there[1]], _devices_there(name))
+
+
+def _prepare(leaves_accelerators: bool, cpus: int) -> None:
+    now: Any = jax.config
+    if leaves_accelerators and not now.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    if cpus > max(1, now.jax_num_cpu_devices):
+        try:
+            jax.config.update("jax_num_cpu_devices", cpus)
+        except RuntimeError:  # devices were used before; `_devices_here` says what there is
+            return
 
 
 def _devices_here(kind: str, count: int) -> list[Any]:
     try:
         found = jax.devices(kind)
     except RuntimeError as error:
-        raise UserError(f"there is no {kind} here") from error
+        raise UserError(f"topology '{kind}:{count}': there is no {kind} here") from error
     if len(found) < count:
         hint = f"; JAX_NUM_CPU_DEVICES={count} simulates them" if kind == "cpu" else ""
-        raise UserError(f"{kind}:{count} was asked for, {len(found)} are here{hint}")
+        raise UserError(f"topology '{kind}:{count}': {len(found)} are here{hint}")
     return found[:count]
 
 

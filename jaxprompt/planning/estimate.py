@@ -1,4 +1,4 @@
-"""What a compiled step needs and how fast it could be: memory, FLOPs, links, a roofline."""
+"""What a compiled step needs and how fast it could be: memory, FLOPs, exchanges, a roofline."""
 
 import collections
 import dataclasses
@@ -7,58 +7,68 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxprompt.planning.abstract import AbstractStep, StepShape
-from jaxprompt.planning.chips import Chip, Topology
-from jaxprompt.planning.flops import matmul_flops, minimal_step_flops
-from jaxprompt.planning.program import collectives, dearest, ops, total_cycles
+from jaxprompt.compiled import free_bytes
+from jaxprompt.config import RunConfig
+from jaxprompt.planning.abstract import AbstractStep, abstract_step, own_bytes
+from jaxprompt.planning.chips import Topology
+from jaxprompt.planning.flops import forward_flops, matmul_flops, minimal_step_flops
+from jaxprompt.planning.program import collectives, compiled_flops, dearest, ops, total_cycles
+from jaxprompt.planning.shapes import StepShape, step_shape
+from jaxprompt.sharding import make_mesh
+from jaxprompt.t5.backbones import planned_config
 from jaxprompt.t5.config import T5Config
+from jaxprompt.typing import UserError
 
-# The runtime keeps some of a chip's memory: the compiler has 15.25 of a v5e's 16 GiB.
-_USABLE = 0.953
-_FULL = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+_FULL = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One step on one topology; bytes and FLOPs of one device.
+    """One step on one topology; bytes and FLOPs are of one chip (one device).
 
     Attributes:
-      devices: how many.
-      examples: of a step, all devices together.
-      weights, state, temporaries: bytes of the frozen tree, of what is trained with its optimizer
-        and of everything that the step makes on its way.
-      capacity: bytes a program may use; None where unknown.
-      total: bytes of all; of a program that does not fit, what the compiler said it needs.
-      fits: whether it compiled for the memory there is.
+      topology, devices, data, model: name, how many devices, and the mesh they make.
+      shape: of the batch.
+      weights, state: bytes of the frozen tree, and of what is trained with its optimizer.
+      activations: bytes of all that the step makes on its way.
+      total: bytes of these, the batch, results and padding together; of a program that does not
+        fit, what the compiler said it needs.
+      capacity: bytes a program may use; None where that is not known.
+      fits: whether it compiled, for no more than the capacity.
       flops: of the matmuls that are computed, loops counted as often as they run.
       minimum: FLOPs of the least that has to be computed.
-      sent: bytes that a device sends, by kind of exchange.
-      cycles: the compiler's estimate without exchanges; 0 where it gives none.
+      traffic: bytes that go from and to memory at least.
+      sent: bytes sent to other devices, by kind of exchange.
+      cycles: the compiler's estimate, exchanges left out; 0 where it gives none.
+      kernels: calls of kernels that the cycles leave out.
       dearest: names and cycles of the dearest operations.
-      bounds: seconds a step takes at least by what bounds it: "compute", "memory", "links".
-      seconds: (at least, by the compiler's cycles with exchanges that nothing hides); None without
-        a chip's figures.
+      bounds: seconds that a step takes if "compute", "memory" or "exchanges" were all there is;
+        empty without a chip's figures, as `seconds` is None.
+      seconds: (at best, as the compiler sees it) of a step.
     """
 
     topology: str
     devices: int
-    examples: int
+    data: int
+    model: int
+    shape: StepShape
     weights: int
     state: int
-    temporaries: int
-    capacity: float | None
+    activations: int
     total: float
+    capacity: float | None
     fits: bool
-    flops: float
     minimum: float
-    sent: Mapping[str, float]
-    cycles: int
-    dearest: Sequence[tuple[str, int]]
-    bounds: Mapping[str, float]
-    seconds: tuple[float, float] | None
+    flops: float
+    traffic: float = 0.0
+    sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cycles: int = 0
+    kernels: int = 0
+    dearest: Sequence[tuple[str, int]] = ()
+    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: tuple[float, float] | None = None
 
     @property
     def bound(self) -> str:
@@ -67,77 +77,121 @@ class Estimate:
 
     @property
     def examples_per_second(self) -> tuple[float, float] | None:
-        """(pessimistic, at most), of all devices."""
+        """(as the compiler sees it, at best), of all devices together."""
         if self.seconds is None:
             return None
-        least, likely = self.seconds
-        return self.examples / max(least, likely), self.examples / least
+        best, likely = self.seconds
+        return self.shape.examples / likely, self.shape.examples / best
 
 
-def estimate(step: AbstractStep, t5: T5Config, shape: StepShape, topology: Topology) -> Estimate:
-    """Compiles a step for a topology and reads what it needs."""
-    count = len(topology.devices)
-    minimum = minimal_step_flops(t5, shape.rows, shape.encoder, shape.decoder) / count
-    flops = matmul_flops(step.trace()) / count
-    weights, state = _own_bytes(step.frozen), _own_bytes(step.state)
-    chip = topology.chip
+def estimate(config: RunConfig, topology: Topology) -> Estimate:
+    """Compiles the training step of a run for a topology and reads what it needs.
+
+    Raises: UserError for a backbone whose sizes are not known, a mesh that leaves devices idle, or
+      sizes that do not divide over it.
+    """
+    t5 = planned_config(config.backbone.name, config.backbone.revision)
+    devices = topology.devices
+    mesh = make_mesh(config.mesh.data, config.mesh.model, devices)
+    if mesh.size < len(devices):
+        raise UserError(
+            f"mesh.data {mesh.shape['data']} x mesh.model {mesh.shape['model']} uses {mesh.size} "
+            f"of the {len(devices)} devices of {topology.name}; mesh.data=-1 takes all"
+        )
+    shape = step_shape(config, t5, mesh.shape["data"])
+    step = abstract_step(config, t5, mesh, shape)
+    return read_step(config, t5, topology, shape, step)
+
+
+def read_step(
+    config: RunConfig, t5: T5Config, topology: Topology, shape: StepShape, step: AbstractStep
+) -> Estimate:
+    """Compiles a step and reads what it needs."""
+    chip, count = topology.chip, len(topology.devices)
     known: dict[str, Any] = {
-        "topology": topology.name, "devices": count, "examples": shape.rows * shape.segments,
-        "weights": weights, "state": state, "flops": flops, "minimum": minimum,
-        "capacity": None if chip is None else chip.memory * _USABLE,
-    }  # fmt: skip
+        "topology": topology.name,
+        "devices": count,
+        **step.mesh.shape,
+        "shape": shape,
+        "weights": own_bytes(step.frozen),
+        "state": own_bytes(step.state),
+        "minimum": _minimum(config, t5, shape) / count,
+        "flops": matmul_flops(step.traced.jaxpr) / count,
+    }
+    held = known["weights"] + known["state"]
+    capacity = _capacity_here(topology) if chip is None else chip.memory
     try:
-        compiled = step.compile()
+        compiled = step.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _FULL.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        total = float(needed[1]) * _UNITS[needed[2]] if needed else float("nan")
+        told = _FULL.search(str(error))
+        total = float(told[1]) * _UNITS[told[2]] if told else float("nan")
+        capacity = float(told[3]) * _UNITS[told[4]] if told else capacity
+        activations = int(max(0, total - held)) if told else 0
         return Estimate(
-            **known, temporaries=0, total=total, fits=False, sent={}, cycles=0, dearest=[],
-            bounds={}, seconds=None,
-        )  # fmt: skip
+            **known, activations=activations, total=total, capacity=capacity, fits=False
+        )
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    temporaries = memory.temp_size_in_bytes
-    total = (
-        memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes
+    if memory is None or text is None:
+        raise UserError(f"the compiler for {topology.name} does not say what a program needs")
+    activations = memory.temp_size_in_bytes
+    known["total"] = total = (
+        memory.argument_size_in_bytes + activations + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )  # fmt: skip
-    sent: collections.Counter[str] = collections.Counter()
-    for exchange in collectives(text, count):
-        sent[exchange.kind] += exchange.sent
+    known |= {"activations": activations, "capacity": capacity}
+    known["fits"] = chip is not None or capacity is None or total <= capacity
+    known["traffic"] = 2 * config.train.accumulate * (known["weights"] + activations)
+    if count > 1:
+        known["sent"] = _sent(text, count)
+    if chip is None:
+        return Estimate(**known)
+    known["flops"] = compiled_flops(text)
     found = ops(text)
-    cycles = total_cycles(found)
-    bounds = {} if chip is None else _bounds(chip, flops, total, sum(sent.values()))
-    return Estimate(
-        **known, temporaries=temporaries, total=total,
-        fits=known["capacity"] is None or total <= chip.memory if chip else True,
-        sent=dict(sent), cycles=cycles, dearest=dearest(found), bounds=bounds,
-        seconds=_seconds(chip, cycles, bounds),
-    )  # fmt: skip
+    known |= {"cycles": total_cycles(found), "dearest": dearest(found)}
+    known["kernels"] = sum(op.times for op in found if not op.estimated)
+    return timed(Estimate(**known), topology)
 
 
-def _bounds(chip: Chip, flops: float, bytes_used: float, sent: float) -> dict[str, float]:
-    """Seconds of a step if one thing alone took time: every byte is read once at least."""
-    return {
-        "compute": flops / chip.flops,
-        "memory": bytes_used / chip.memory_rate,
-        "links": sent / chip.link_rate,
+def timed(found: Estimate, topology: Topology) -> Estimate:
+    """With what a chip's figures make of it."""
+    chip = topology.chip
+    assert chip is not None
+    sent = sum(found.sent.values())
+    bounds = {
+        "compute": found.flops / chip.flops,
+        "memory": found.traffic / chip.memory_rate,
+        "exchanges": sent / (chip.link_rate * max(1, topology.links)),
     }
+    best = max(bounds.values())
+    if found.cycles and chip.cycles_per_second:
+        alone = sent / (chip.link_rate * max(1, len(topology.sides)))
+        likely = found.cycles / chip.cycles_per_second + alone
+    else:
+        likely = 2 * sum(bounds.values())
+    return dataclasses.replace(found, bounds=bounds, seconds=(best, max(best, likely)))
 
 
-def _seconds(
-    chip: Chip | None, cycles: int, bounds: Mapping[str, float]
-) -> tuple[float, float] | None:
-    if chip is None or not chip.cycles_a_second:
-        return None if chip is None else (max(bounds.values()), sum(bounds.values()))
-    return max(bounds.values()), cycles / chip.cycles_a_second + bounds["links"]
+def _sent(text: str, devices: int) -> dict[str, float]:
+    sent: dict[str, float] = collections.defaultdict(float)
+    for exchange in collectives(text, devices):
+        if exchange.group > 1:
+            sent[exchange.kind] += exchange.sent
+    return dict(sent)
 
 
-def _own_bytes(tree: Any) -> int:
-    """Bytes of a tree's leaves on one device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if hasattr(leaf.dtype, "itemsize")
-    )
+def _minimum(config: RunConfig, t5: T5Config, shape: StepShape) -> int:
+    """The whole model's gradients take as much again for its weights as for its activations."""
+    sizes = shape.rows, shape.encoder, shape.decoder
+    if config.tune == "model":
+        return 3 * forward_flops(t5, *sizes)
+    return minimal_step_flops(t5, *sizes)
+
+
+def _capacity_here(topology: Topology) -> float | None:
+    """Free memory of a device of this machine; CPU devices share what there is."""
+    free = free_bytes()
+    if free is None or topology.devices[0].platform != "cpu":
+        return free
+    return free / len(topology.devices)
