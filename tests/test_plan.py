@@ -255,8 +255,7 @@ def test_every_listed_backbone_can_be_planned():
         assert name in NOT_PLANNED or known_config(name) is not None, name
     sizes = {
         "google/t5-xxl-lm-adapt": 11135, "google/mt5-small": 300, "google-t5/t5-3b": 2852,
-        "t5-11b": 11307, "google/byt5-small": 300, "google/flan-ul2": 19459,
-        "google/umt5-base": 593,
+        "t5-11b": 11307, "google/byt5-small": 300,
     }  # fmt: skip
     for name, millions in sizes.items():
         config = known_config(name)
@@ -300,12 +299,17 @@ def test_an_estimate_raises_what_it_does_not_know(world: World, monkeypatch: pyt
 
         return compile
 
-    full = "RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 29.30G of 15.25G hbm."
     config = load_config(world.config)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", fails(full))
-    found = estimate(config, topology)
-    assert not found.fits and found.total == 29.30 * 2**30 and found.capacity == 15.25 * 2**30
-    assert found.activations > 0 and found.seconds is None
+    for full in (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 29.30G of 15.25G hbm. Exceeded hbm capacity by 14.05G.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (29.30G) exceeds available HBM (15.25G).",
+    ):
+        monkeypatch.setattr(jax.stages.Lowered, "compile", fails(full))
+        found = estimate(config, topology)
+        assert not found.fits and found.total == 29.30 * 2**30 and found.capacity == 15.25 * 2**30
+        assert found.activations > 0 and found.seconds is None
     monkeypatch.setattr(jax.stages.Lowered, "compile", fails("INTERNAL: oh"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="oh"):
         estimate(config, topology)

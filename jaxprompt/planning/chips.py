@@ -25,7 +25,7 @@ class Chip:
 
     Attributes:
       name: as a topology begins, such as "v5e".
-      memory: bytes of HBM that a program may use; the compiler and the runtime keep the rest.
+      memory: bytes of HBM that a program may use, as the compiler says when one needs more.
       flops: bfloat16 FLOP/s at most.
       memory_rate: bytes/s from HBM.
       link_rate: bytes/s over one link, in one direction.
@@ -47,10 +47,10 @@ CHIPS = {
     for chip in (
         Chip("v3", 15.48 * GIB, 61.5e12, 450 * GB, 35 * GB, 4, 0.94e9),
         Chip("v4", 30.75 * GIB, 275e12, 1228 * GB, 50 * GB, 6, 1.05e9),
-        Chip("v5e", 15.25 * GIB, 197e12, 819 * GB, 50 * GB, 4, 1.5e9),
-        Chip("v5p", 94 * GIB, 459e12, 2765 * GB, 100 * GB, 6, 1.75e9),
+        Chip("v5e", 15.75 * GIB, 197e12, 819 * GB, 50 * GB, 4, 1.5e9),
+        Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 100 * GB, 6, 1.75e9),
         Chip("v6e", 31.25 * GIB, 918e12, 1638 * GB, 100 * GB, 4, 1.75e9),
-        Chip("tpu7x", 94 * GIB, 1153.5e12, 3690 * GB, 50 * GB, 6, 0),
+        Chip("tpu7x", 94.75 * GIB, 1153.5e12, 3690 * GB, 50 * GB, 6, 0),
     )
 }
 _PLATFORM = {  # what the TPU compiler wants to see where there is no TPU
@@ -158,9 +158,13 @@ def _devices_there(name: str) -> list[Any]:
 
     for variable, value in _PLATFORM.items():
         os.environ.setdefault(variable, value)
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
+    options: dict[str, Any] = {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if name.startswith("v4:"):  # both cores as one device, as a v4 shows itself to JAX
+        options["chip_config_name"] = "megacore"
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # the compiler's own kinds of error, by version
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the TPU compiler does not know topology {name!r} ({reason})") from error

@@ -20,7 +20,10 @@ from jaxprompt.t5.backbones import planned_config
 from jaxprompt.t5.config import T5Config
 from jaxprompt.typing import UserError
 
-_FULL = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+_FULL = re.compile(
+    r"(?:Used |required for [\w ]+\()([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) "
+    r"\(?([\d.]+)([KMGT])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -126,9 +129,9 @@ def read_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         told = _FULL.search(str(error))
-        total = float(told[1]) * _UNITS[told[2]] if told else float("nan")
+        total = max(held, float(told[1]) * _UNITS[told[2]] if told else 0.0)
         capacity = float(told[3]) * _UNITS[told[4]] if told else capacity
-        activations = int(max(0, total - held)) if told else 0
+        activations = int(total - held)
         return Estimate(
             **known, activations=activations, total=total, capacity=capacity, fits=False
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,7 +157,7 @@ def _shrink_until_it_fits(
         room = found.capacity - found.weights - found.state
         if room <= 0 or not found.activations > 0:
             return
-        smallest = max(count + 1, int(count * _ROOM * found.activations / room))
+        smallest = max(count + 1, math.ceil(count * _ROOM * found.activations / room))
 
 
 def _ranked(tried: Sequence[Tried]) -> list[Tried]:
