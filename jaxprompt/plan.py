@@ -113,13 +113,19 @@ def _details(config: RunConfig, found: Estimate) -> str:
     lines = [head, "", table(rows, header=["of one chip, a step", "", ""])]
     if found.dearest:
         shares: list[list[object]] = [
-            [name, cycles / 1e6, f"{100 * cycles / found.cycles:.0f} %"]
+            [_short(name), cycles / 1e6, f"{100 * cycles / found.cycles:.0f} %"]
             for name, cycles in found.dearest
         ]
         lines += ["", table(shares, header=["the dearest operations", "M cycles", ""])]
     if found.kernels:
         lines.append(f"without {found.kernels} calls of kernels, which carry no estimate")
     return "\n".join([*lines, "", *_assumed([found]), verdict(found)])
+
+
+def _short(name: str) -> str:
+    """An operation's path without what every path has."""
+    common = ("jit(train_step)", "while", "body", "closed_call", "checkpoint")
+    return "/".join(part for part in name.split("/") if part not in common)
 
 
 def _summary(estimates: Sequence[Estimate]) -> str:
