@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import functools
-import json
 import os
 import platform
 import statistics
@@ -17,26 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxprompt
 from jaxprompt import steps, trees
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.soft import SoftPrompt
+from jaxprompt.t5.backbones import MINI, planned_config
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.model import T5
 from jaxprompt.typing import ArrayTree, Batch
 
-SIZES: dict[
-    str, dict[str, int]
-] = {  # T5 1.1, as the hub's config.json of google/t5-v1_1-* gives them
-    "small": dict(d_model=512, d_ff=1024, num_layers=8, num_heads=6),
-    "base": dict(d_model=768, d_ff=2048, num_layers=12, num_heads=12),
-    "large": dict(d_model=1024, d_ff=2816, num_layers=24, num_heads=16),
-    "xl": dict(d_model=2048, d_ff=5120, num_layers=24, num_heads=32),
-    "xxl": dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64),
-}
+SIZES = ("small", "base", "large", "xl", "xxl")  # of T5 1.1
 REST = 0.3  # seconds between two timed runs, so that one's worker threads stop spinning first
-MINI = Path(jaxprompt.__file__).parent / "assets" / "mini" / "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +57,8 @@ class Step:
 def size_config(name: str) -> T5Config:
     """The architecture called `name`: a T5 1.1 size, or "mini", the packaged backbone."""
     if name == "mini":
-        return T5Config.from_hf(json.loads(MINI.read_text(encoding="utf-8")), str(MINI))
-    sizes = SIZES[name]
-    return T5Config(num_decoder_layers=sizes["num_layers"], d_kv=64, vocab_size=32128, **sizes)
+        return planned_config(MINI)
+    return planned_config(f"google/t5-v1_1-{name}")
 
 
 def random_batch(config: T5Config, shapes: Shapes, seed: int = 0) -> Batch:

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 
 from benchmarks.common import SIZES, machine, make_step, size_config, table
-from benchmarks.flops import minimal_step_flops
 from jaxprompt.data.encoder import DataConfig, TaskEncoder
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.data.tasks import Task, load_task
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxprompt.planning.flops import minimal_step_flops
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import init_params
 from jaxprompt.typing import Batch

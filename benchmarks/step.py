@@ -22,7 +22,7 @@ from benchmarks.common import (
     spread,
     table,
 )
-from benchmarks.flops import minimal_step_flops, step_terms
+from jaxprompt.planning.flops import minimal_step_flops, step_terms
 from jaxprompt.t5.config import REMAT_POLICIES, Compute, T5Config
 from jaxprompt.t5.layers import init_params
 from jaxprompt.t5.model import layers_unrolled

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from benchmarks.common import SIZES, Shapes, Step, make_step, random_batch, size_config, table
-from benchmarks.flops import minimal_step_flops
-from benchmarks.hlo_cycles import Op, by_kind, dearest, ops, total_cycles
 from jaxprompt import sharding
+from jaxprompt.planning.flops import minimal_step_flops
+from jaxprompt.planning.program import Op, by_kind, dearest, ops, total_cycles
 from jaxprompt.t5.config import ATTENTION_PATHS, REMAT_POLICIES, Compute, T5Config
 from jaxprompt.t5.layers import param_specs
 from jaxprompt.typing import ArrayTree, Batch

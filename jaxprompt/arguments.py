@@ -91,3 +91,47 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
         help="where its slots stand ({prompt}{input}, where google-research puts them)",
     )
     json_argument(parser)
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt plan`."""
+    run_arguments(parser)
+    parser.add_argument(
+        "--topology",
+        metavar="T",
+        nargs="+",
+        required=True,
+        help="what it would run on: v5e:2x2, v4:2x2x4, cpu:8, gpu:1; several give a line each",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, division of weights, rematerialisation, microbatches and unrolling",
+    )
+    parser.add_argument(
+        "--try",
+        dest="also",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="with --search: values of a config key to try too, as backbone.dtype=float32,bfloat16",
+    )
+    parser.add_argument(
+        "--limit", type=positive, default=24, metavar="N", help="compilations of a search (24)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="with --search: write the best as a complete config"
+    )
+    json_argument(parser)
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """`CONFIG [key.sub=value ...]`."""
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, or the name of a config that ships with jaxprompt",
+    )
+    parser.add_argument(
+        "overrides", metavar="key.sub=value", nargs="*", help="options to change, values as in YAML"
+    )

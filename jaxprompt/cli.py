@@ -21,11 +21,12 @@ from jaxprompt.arguments import (
     import_arguments,
     json_argument,
     methods_arguments,
+    plan_arguments,
     positive,
+    run_arguments,
     task_argument,
 )
 
-_CONFIG_HELP = "a YAML file, or the name of a config that ships with jaxprompt"
 _PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
 _BARE_HELP = "`none` is the bare backbone that --backbone names"
 _INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
@@ -120,13 +121,6 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 def _add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument(
         "--debug", action="store_true", default=default, help="show the traceback of an error"
-    )
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
-    parser.add_argument(
-        "overrides", metavar="key.sub=value", nargs="*", help="options to change, values as in YAML"
     )
 
 
@@ -289,13 +283,13 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "train": _Command(
         "train",
-        _run_arguments,
+        run_arguments,
         "train a prompt, or a sweep of them at once; resumes by itself if output_dir holds the run",
         "jaxprompt train quickstart train.steps=200 output_dir=runs/mine",
     ),
     "pretrain": _Command(
         "pretrain",
-        _run_arguments,
+        run_arguments,
         "pretrain a backbone or adapt one to language modelling, all parameters",
         "jaxprompt pretrain pretrain/mini output_dir=runs/mini",
     ),
@@ -328,6 +322,12 @@ _COMMANDS = {
         import_arguments,
         "make a prompt artifact of another program's prompt",
         "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
+    ),
+    "plan": _Command(
+        "plan",
+        plan_arguments,
+        "say what a run costs on a TPU that is not here: memory, FLOPs, exchanges, speed",
+        "jaxprompt plan xxl --topology v5e:2x2",
     ),
     "tasks": _Command("listing", json_argument, "list the tasks that are known", "jaxprompt tasks"),
     "methods": _Command(

@@ -43,6 +43,10 @@ class CompiledStep:
         assert total is not None, "a step without a batch"
         return self._update(state, *total)
 
+    def traced(self, kind: Any, state: Any, frozen: Any, batch: Any) -> jax.stages.Traced:
+        """The program of a step of one part, of arrays or of their shapes: what `plan` compiles."""
+        return self._whole.trace(kind, state, frozen, batch)
+
     def _run(self, program: Any, part: Part, state: TrainState, frozen: ArrayTree) -> Any:
         batch = part.batch
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))

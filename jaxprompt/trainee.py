@@ -15,15 +15,19 @@ from jaxprompt.backbone import Backbone, identity_of
 from jaxprompt.config import RunConfig, step_options
 from jaxprompt.data.encoder import TaskEncoder
 from jaxprompt.data.layout import Layout
+from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
+from jaxprompt.model import PromptedT5
 from jaxprompt.optim import resolve
 from jaxprompt.prompts import METHODS, slots_of
+from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.schema import to_mapping
 from jaxprompt.steps import StepOptions
+from jaxprompt.t5.model import T5
 from jaxprompt.t5.weights import save_hf
-from jaxprompt.trees import merge
+from jaxprompt.trees import merge, split
 from jaxprompt.typing import ArrayTree, UserError
 
 
@@ -71,8 +75,24 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
     source, validation = task.open("train"), task.open("validation")
     encoder = encoder_of(config, task, backbone, bare=config.tune == "model")
     _check(config, encoder, [source, validation])
-    steps = _total_steps(config, len(source))
+    steps = total_steps(config, len(source))
     return Trainee(name, config, task, source, validation, encoder, steps, step_options(config))
+
+
+def train_batches(one: Trainee, devices: int) -> TrainBatches:
+    """Its training batches.
+
+    Args:
+      devices: along the mesh's `data`.
+    """
+    return TrainBatches(
+        one.encoder,
+        one.source,
+        seed=one.config.seed,
+        row_multiple=one.config.data.row_multiple or devices * one.config.train.accumulate,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def keep(
@@ -131,6 +151,24 @@ def _rows_of(path: str) -> np.ndarray:
     return artifact.values["prompt"]
 
 
+def taken_apart(
+    configs: Sequence[RunConfig], backbone: T5, values: Sequence[ArrayTree]
+) -> tuple[Any, ArrayTree, ArrayTree]:
+    """Graph definition, trained and frozen tree of a backbone with all prompts on it.
+
+    Args:
+      configs: of the runs; all tune the same.
+      values: of each prompt's method, arrays or their shapes; not read with `tune: model`.
+    """
+    if configs[0].tune == "model":
+        return split(PromptedT5(backbone), ...)
+    methods = [
+        METHODS[config.method.name].make(own, config.method)
+        for config, own in zip(configs, values, strict=True)
+    ]
+    return split(PromptedT5(backbone, methods[0] if len(methods) == 1 else PromptBank(methods)))
+
+
 def artifact_of(
     config: RunConfig, backbone: Backbone, values: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> PromptArtifact:
@@ -183,8 +221,9 @@ def encoder_of(config: RunConfig, task: Task, backbone: Backbone, *, bare: bool)
     )
 
 
-def _total_steps(config: RunConfig, rows: int) -> int:
-    if config.train.epochs:
+def total_steps(config: RunConfig, rows: int) -> int:
+    """Steps of a run over so many rows; 0 rows = not known, then what the recipe takes."""
+    if config.train.epochs and rows:
         return max(1, round(config.train.epochs * rows / config.data.batch_size))
     return config.train.steps or resolve(config.optim).steps
 

@@ -31,8 +31,7 @@ from jaxprompt.members import Member, Progress
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer
 from jaxprompt.plots import write_run_plot
-from jaxprompt.prompts import METHODS
-from jaxprompt.prompts.bank import PromptBank, members
+from jaxprompt.prompts.bank import members
 from jaxprompt.schema import to_mapping
 from jaxprompt.sharding import make_mesh, replicate, shard_batch
 from jaxprompt.steps import init_state
@@ -44,6 +43,8 @@ from jaxprompt.trainee import (
     make_trainee,
     mean_of,
     run_identity,
+    taken_apart,
+    train_batches,
 )
 from jaxprompt.trees import count, size_in_bytes, split
 from jaxprompt.typing import ArrayTree
@@ -135,12 +136,13 @@ def train_together(
 
     # ---- what is trained, by what step -------------------------------------------------------
     firsts = [_first_values(one, backbone) for one in trainees]
-    graphdef, trained, frozen = _taken_apart(trainees, firsts, backbone, mesh)
+    values = [replicate(mesh, first) for first in firsts]
+    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
     batches = SideBySide(
-        [_batches(one, mesh.shape["data"]) for one in trainees],
+        [train_batches(one, mesh.shape["data"]) for one in trainees],
         [one.options for one in trainees],
         backbone.tokenizer.pad_id,
         max(1, mesh.shape["data"] // jax.process_count()) * shared.train.accumulate,
@@ -255,34 +257,6 @@ def train_together(
 
 def _first_values(one: Trainee, backbone: Backbone) -> dict[str, np.ndarray]:
     return {} if one.config.tune == "model" else initial_values(one.config, backbone, one.task)
-
-
-def _taken_apart(
-    trainees: Sequence[Trainee],
-    firsts: Sequence[Mapping[str, np.ndarray]],
-    backbone: Backbone,
-    mesh: jax.sharding.Mesh,
-) -> tuple[Any, ArrayTree, ArrayTree]:
-    """Graph definition, trained and frozen tree of the backbone with all prompts on it."""
-    if trainees[0].config.tune == "model":
-        return split(PromptedT5(backbone.module()), ...)
-    methods = []
-    for one, first in zip(trainees, firsts, strict=True):
-        method = one.config.method
-        methods.append(METHODS[method.name].make(replicate(mesh, dict(first)), method))
-    method = methods[0] if len(methods) == 1 else PromptBank(methods)
-    return split(PromptedT5(backbone.module(), method))
-
-
-def _batches(one: Trainee, devices: int) -> TrainBatches:
-    return TrainBatches(
-        one.encoder,
-        one.source,
-        seed=one.config.seed,
-        row_multiple=one.config.data.row_multiple or devices * one.config.train.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def _side_by_side(examples: Mapping[int, Iterator[Any]]) -> Iterator[Asked]:

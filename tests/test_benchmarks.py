@@ -8,17 +8,16 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jaxprs import matmul_flops
 from tiny_backbone import make_rows, write_rows
 from tiny_tokenizer import tiny_tokenizer
 
 from benchmarks import bank, generate, packing, pages
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
-from benchmarks.flops import forward_flops, minimal_step_flops, step_terms
 from jaxprompt import steps, trees
 from jaxprompt.data.sources import SourceConfig
 from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.model import PromptedT5
+from jaxprompt.planning.flops import forward_flops, matmul_flops, minimal_step_flops, step_terms
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.model import T5

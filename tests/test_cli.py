@@ -24,6 +24,7 @@ COMMANDS = [
     "inspect",
     "convert",
     "import",
+    "plan",
     "tasks",
     "methods",
     "recipes",
@@ -44,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
             seen.append(args)
             return work()
 
-        rooms = "train pretrain evaluate predict inspection convert importing listing"
+        rooms = "train pretrain evaluate predict inspection convert importing plan listing"
         for room in rooms.split():
             fake = types.SimpleNamespace(main=main)
             monkeypatch.setitem(sys.modules, f"jaxprompt.{room}", fake)
@@ -78,6 +79,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
         ("convert a b --tokenizer t --dtype bfloat16", "convert", {"tokenizer": "t"}),
         ("import a b --backbone c", "importing", {"backbone": "c", "layout": "{prompt}{input}"}),
         ("import a b --backbone c --task t --json", "importing", {"task": "t", "json": True}),
+        ("plan c --topology v5e:2x2 cpu:1", "plan", {"topology": ["v5e:2x2", "cpu:1"]}),
+        ("plan c --topology cpu:1 --search a=1", "plan", {"search": True, "overrides": ["a=1"]}),
+        ("plan c --topology cpu:1 --try a=1,2 --try b=x", "plan", {"also": ["a=1,2", "b=x"]}),
         ("tasks --json", "listing", {"command": "tasks", "json": True}),
         ("methods", "listing", {"command": "methods"}),
         ("recipes", "listing", {"command": "recipes"}),
@@ -103,6 +107,7 @@ def test_arguments_reach_the_room(run, argv, room, expected):
         ("predict p", "required: --input"),
         ("predict p --input a --early-stopping 1", "'1' is not one of true, false, never"),
         ("import p q", "required: --backbone"),
+        ("plan c", "required: --topology"),
         ("inspect p q", "inspect does not know 'q'"),
         ("--jsn tasks", "does not know '--jsn'"),
     ],

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxprs import equations
 
+from jaxprompt.planning.flops import equations
 from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.attention import attend, relative_bias, with_prefix
 from jaxprompt.t5.chunks import CHUNK, Chunked

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxprs import equations
 
 from jaxprompt import sharding, steps, trees
 from jaxprompt.model import PromptedT5
+from jaxprompt.planning.flops import equations
 from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.steps import StepOptions, TrainState
 from jaxprompt.t5.config import Compute

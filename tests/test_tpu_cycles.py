@@ -3,8 +3,8 @@
 import pytest
 import tiny
 
-from benchmarks.hlo_cycles import Op, by_kind, dearest, ops, total_cycles
 from benchmarks.tpu_cycles import batch_of, kind_table, layouts
+from jaxprompt.planning.program import Op, by_kind, dearest, ops, total_cycles
 
 HLO = """\
 HloModule jit_step, is_scheduled=true

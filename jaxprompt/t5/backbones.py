@@ -11,24 +11,13 @@ import ml_dtypes
 import numpy as np
 
 from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.known import known_backbones, known_config
 from jaxprompt.t5.weight_files import choose_files, open_weights
 from jaxprompt.t5.weights import TOKENIZER_FILES, embedding_is_output, match
 from jaxprompt.typing import UserError
 
 MINI = "jaxprompt-mini"
 _MINI_DIRECTORY = Path(__file__).resolve().parents[1] / "assets" / "mini"
-_FIVE = "small base large xl xxl"
-# name on the hub -> its sizes, one line about it
-_FAMILIES = {
-    "google/t5-{size}-lm-adapt": (_FIVE, "T5 1.1 adapted as a language model; best to prompt"),
-    "google/t5-v1_1-{size}": (_FIVE, "T5 1.1, span corruption only; hard to prompt"),
-    "google-t5/t5-{size}": ("small base large 3b 11b", "T5 1.0, pretrained on many tasks"),
-    "google/flan-t5-{size}": (_FIVE, "T5 1.1 tuned on instructions"),
-    "google/mt5-{size}": (_FIVE, "T5 1.1 for 101 languages"),
-    "google/umt5-{size}": ("small base xl xxl", "T5 1.1 for 107 languages, biases in every layer"),
-    "google/byt5-{size}": (_FIVE, "bytes instead of a vocabulary, deep encoder"),
-    "google/{size}": ("ul2 flan-ul2", "20 billion parameters, gated SiLU"),
-}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NOT_IDENTITY = ("dropout_rate", "model_type")  # of a T5Config: these change no number it computes
 _SAMPLES = 64
@@ -37,10 +26,8 @@ _HINT = "; `jaxprompt convert` makes one of a T5X checkpoint"
 
 def list_backbones() -> dict[str, str]:
     """Known names -> one line about each. Any other T5 on the hub, and any directory, works too."""
-    known = {MINI: "small T5 1.1 of this project, inside the package; needs no network"}
-    for pattern, (sizes, line) in _FAMILIES.items():
-        known |= {pattern.format(size=size): line for size in sizes.split()}
-    return known
+    own = {MINI: "small T5 1.1 of this project, inside the package; needs no network"}
+    return own | known_backbones()
 
 
 def resolve_backbone(name: str, revision: str | None = None) -> Path:
@@ -73,16 +60,38 @@ def read_config(directory: Path) -> T5Config:
     `tie_word_embeddings` in a config.json is no longer about that.
     Raises: UserError if config.json is missing or malformed, or for damaged weights.
     """
-    path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no config.json, so it is not a backbone") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    config = T5Config.from_hf(raw, str(path))
+    config = _stated_config(Path(directory) / "config.json")
     tied = embedding_is_output(open_weights(directory))
     return dataclasses.replace(config, tie_word_embeddings=tied)
+
+
+def planned_config(name: str, revision: str | None = None) -> T5Config:
+    """The architecture of a backbone whose weights need not be here.
+
+    Of a directory as `read_config`, or without weights what its config.json says; of a listed name
+    what `known` has; of any other name on the hub its config.json, downloaded alone.
+
+    Raises: UserError if nothing of this tells it.
+    """
+    directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
+    if directory.is_dir():
+        has_weights = choose_files(entry.name for entry in directory.iterdir()) is not None
+        return read_config(directory) if has_weights else _stated_config(directory / "config.json")
+    known = known_config(name)
+    return known or _stated_config(_downloaded_config(name, revision))
+
+
+def local_directory(name: str, revision: str | None = None) -> Path | None:
+    """Where a backbone's files are on this machine; None if they are not. Asks no network."""
+    directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
+    if directory.is_dir() or not _HUB_NAME.fullmatch(name):
+        return directory if directory.is_dir() else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:  # kinds differ by version; whatever it is, nothing is here
+        return None
 
 
 def fingerprint(directory: Path, config: T5Config | None = None) -> str:
@@ -112,6 +121,31 @@ def fingerprint(directory: Path, config: T5Config | None = None) -> str:
             digest.update(f"{path} {weight.layer} {weight.shape}".encode())
             digest.update(values.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _stated_config(path: Path) -> T5Config:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no config.json, so it is not a backbone") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    return T5Config.from_hf(raw, str(path))
+
+
+def _downloaded_config(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
+        raise UserError(f"backbone {name!r} is no directory and no hub name (owner/model){_HINT}")
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:  # by version and by what is wrong with the network
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"backbone {name!r} is not among those that `jaxprompt backbones` lists, and its "
+            f"config.json did not come from the hub ({reason}); give a directory that holds it"
+        ) from error
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -1,9 +1,12 @@
 """The least a training step of a prompt must compute, by pure arithmetic from a `T5Config`.
 
-Called by `step.py`, which divides the compiler's count of the real step by it.
+And what a traced program computes, loops counted as often as they run.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
 
 from jaxprompt.t5.config import T5Config
 
@@ -82,3 +85,25 @@ def minimal_step_flops(config: T5Config, rows: int, encoder: int, decoder: int) 
 def forward_flops(config: T5Config, rows: int, encoder: int, decoder: int) -> int:
     """The forward pass alone."""
     return sum(term.forward for term in step_terms(config, rows, encoder, decoder))
+
+
+def equations(program: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """(equation, how often it runs) of a traced program and of all programs inside it."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation, times
+        inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for parameter in equation.params.values():
+            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                if hasattr(getattr(value, "jaxpr", value), "eqns"):
+                    yield from equations(value, inner)
+
+
+def matmul_flops(program: Any) -> int:
+    """FLOPs of all matmuls, a multiply-add counted as 2."""
+    total = 0
+    for equation, times in equations(program):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * times * math.prod(left[axis] for axis in contracted) * math.prod(out)
+    return total

@@ -1,0 +1,178 @@
+"""Looks for the settings under which a training step fits a topology and takes least time."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxprompt.config import RunConfig
+from jaxprompt.planning.abstract import weights_on_a_device
+from jaxprompt.planning.chips import Topology
+from jaxprompt.planning.estimate import Estimate, estimate
+from jaxprompt.sharding import make_mesh
+from jaxprompt.t5.backbones import planned_config
+from jaxprompt.t5.config import REMAT_POLICIES
+from jaxprompt.typing import UserError
+
+Settings = dict[str, Any]
+_ROOM = 1.1  # activations shrink a little less than the rows that are computed together
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """Settings, config keys with dots, and what the step needs under them."""
+
+    settings: Settings
+    estimate: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+      ranking: best first; those that do not fit come last.
+      skipped: settings that were not compiled, and why.
+    """
+
+    ranking: Sequence[Tried]
+    skipped: Sequence[tuple[Settings, str]]
+
+
+def _mesh_models(topology: Topology) -> list[int]:
+    count = len(topology.devices)
+    return [size for size in range(1, count + 1) if count % size == 0]
+
+
+# What is tried without being asked, by config key. `mesh.data` takes the devices that `mesh.model`
+# leaves; `train.accumulate` grows until a step fits; the last key's values are tried on the best.
+DIMENSIONS: dict[str, Callable[[Topology], Sequence[Any]]] = {
+    "mesh.model": _mesh_models,
+    "mesh.weights_over_data": lambda topology: (False, True),
+    "backbone.remat": lambda topology: REMAT_POLICIES,
+    "train.accumulate": lambda topology: (1, 2, 4, 8, 16, 32),
+    "backbone.scan_unroll": lambda topology: (0, 2),
+}
+_GROWS, _LAST = "train.accumulate", "backbone.scan_unroll"
+
+
+def search(
+    config_with: Callable[[Settings], RunConfig],
+    topology: Topology,
+    *,
+    limit: int,
+    asked: Mapping[str, Sequence[Any]],
+    say: Callable[[str], None],
+) -> Found:
+    """Compiles the promising settings, cheapest exchanges first.
+
+    Weights that fill a chip by themselves are not compiled. Microbatches get smaller only where a
+    step does not fit, and then at once by as much as it lacks.
+
+    Args:
+      config_with: the run's config under some settings.
+      limit: compilations at most.
+      asked: other values of `DIMENSIONS`, or of other config keys, which are tried as well.
+      say: takes a line on each compilation.
+    """
+    values = {key: tuple(choices(topology)) for key, choices in DIMENSIONS.items()}
+    values |= {key: tuple(own) for key, own in asked.items()}
+    tried: list[Tried] = []
+    skipped: list[tuple[Settings, str]] = []
+
+    def compiled(settings: Settings) -> Estimate | None:
+        if len(tried) >= limit:
+            skipped.append((settings, f"after {limit} compilations"))
+            return None
+        try:
+            found = estimate(config_with(settings), topology)
+        except UserError as error:
+            skipped.append((settings, str(error)))
+            return None
+        tried.append(Tried(settings, found))
+        say(f"{len(tried)}: {' '.join(overrides(settings))}: {_line(found)}")
+        return found
+
+    for settings in _product(values):
+        reason = _hopeless(config_with, topology, settings)
+        if reason:
+            skipped.append((settings, reason))
+            continue
+        _shrink_until_it_fits(compiled, settings, values[_GROWS])
+    best = _ranked(tried)[:1]
+    for value in values[_LAST][1:]:
+        if best and best[0].estimate.fits:
+            compiled({**best[0].settings, _LAST: value})
+    return Found(_ranked(tried), skipped)
+
+
+def overrides(settings: Mapping[str, Any]) -> list[str]:
+    """As one would type them."""
+    return [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in settings.items()
+    ]
+
+
+def _product(values: Mapping[str, Sequence[Any]]) -> Iterator[Settings]:
+    """All settings but those of keys that wait, the mesh changing fastest, few exchanges first."""
+    keys = [key for key in values if key not in (_GROWS, _LAST)]
+    outer = [key for key in keys if not key.startswith("mesh.")]
+    inner = [key for key in keys if key.startswith("mesh.")]
+    for chosen in itertools.product(*(values[key] for key in [*outer, *inner])):
+        settings = dict(zip([*outer, *inner], chosen, strict=True))
+        settings = {key: settings[key] for key in keys}
+        yield {"mesh.data": -1, **settings, _LAST: values[_LAST][0]}
+
+
+def _hopeless(
+    config_with: Callable[[Settings], RunConfig], topology: Topology, settings: Settings
+) -> str:
+    """Why these settings need no compilation; empty if they do."""
+    try:
+        own = config_with(settings)
+        mesh = make_mesh(own.mesh.data, own.mesh.model, topology.devices)
+        t5 = planned_config(own.backbone.name, own.backbone.revision)
+        weights = weights_on_a_device(own, t5, mesh)
+    except UserError as error:
+        return str(error)
+    if own.mesh.weights_over_data and mesh.shape["data"] == 1:
+        return "nothing to divide weights over"
+    if topology.chip is not None and weights > topology.chip.memory:
+        return f"weights alone take {weights / 2**30:.1f} GiB"
+    return ""
+
+
+def _shrink_until_it_fits(
+    compiled: Callable[[Settings], Estimate | None], settings: Settings, parts: Sequence[int]
+) -> None:
+    smallest = 0
+    for count in sorted(map(int, parts)):
+        if count < smallest:
+            continue
+        found = compiled({**settings, _GROWS: count})
+        if found is None or found.fits or found.capacity is None:
+            return
+        room = found.capacity - found.weights - found.state
+        if room <= 0 or not found.activations > 0:
+            return
+        smallest = max(count + 1, math.ceil(count * _ROOM * found.activations / room))
+
+
+def _ranked(tried: Sequence[Tried]) -> list[Tried]:
+    """By the compiler's seconds; without them by FLOPs, then memory."""
+
+    def key(one: Tried) -> tuple[Any, ...]:
+        found = one.estimate
+        seconds = found.seconds[1] if found.seconds else 0.0
+        return not found.fits, seconds, found.flops, found.total
+
+    return sorted(tried, key=key)
+
+
+def _line(found: Estimate) -> str:
+    fits = "fits" if found.fits else "does not fit"
+    rate = found.examples_per_second
+    speed = f", {rate[0]:.1f} - {rate[1]:.1f} examples/s" if rate else ""
+    return f"{fits}, {found.total / 2**30:.2f} GiB{speed}"
