@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jaxprompt
-from jaxprompt import allocator
+from jaxprompt import allocator, joining
 from jaxprompt.arguments import (
     convert_arguments,
+    host_arguments,
     import_arguments,
     json_argument,
     positive,
@@ -48,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and not args.debug:  # and says things its own way
         sys.unraisablehook = _show_unraisable
         logging.getLogger().addHandler(logging.NullHandler())
+    return joining.run(args, _run) if joining.is_asked_for(args) else _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The command in this process: its exit code, and what a user can put right in a sentence."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -113,6 +119,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         parser.error(f"{args.command or 'jaxprompt'} does not know {unknown[0]!r}")
     if rest:
         args.overrides += rest
+    if joining.is_asked_for(args) and (wrong := joining.wrong(args)):
+        parser.error(wrong)
     return args
 
 
@@ -127,6 +135,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", metavar="key.sub=value", nargs="*", help="options to change, values as in YAML"
     )
+    host_arguments(parser)
 
 
 def _prompt_arguments(parser: argparse.ArgumentParser) -> None:

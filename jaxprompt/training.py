@@ -24,6 +24,7 @@ from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
 from jaxprompt.data.side_by_side import Part, SideBySide
 from jaxprompt.evaluate import Evaluator
 from jaxprompt.files import held, make_directory, write_file
+from jaxprompt.hosts import is_first
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
 from jaxprompt.members import Member, Progress
@@ -33,7 +34,7 @@ from jaxprompt.plots import write_run_plot
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.bank import PromptBank, members
 from jaxprompt.schema import to_mapping
-from jaxprompt.sharding import make_mesh, replicate, shard_batch
+from jaxprompt.sharding import data_share, here, make_mesh, replicate, shard_batch
 from jaxprompt.steps import init_state
 from jaxprompt.trainee import (
     Trainee,
@@ -119,7 +120,6 @@ def train_together(
     """
     shared, directory = configs[0], Path(output_dir)
     mesh = make_mesh(shared.mesh.data, shared.mesh.model)
-    is_first = jax.process_index() == 0
 
     # ---- backbone, tasks, data ---------------------------------------------------------------
     backbone = load_backbone(
@@ -138,10 +138,10 @@ def train_together(
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
     batches = SideBySide(
-        [_batches(one, mesh.shape["data"]) for one in trainees],
+        [_batches(one, mesh) for one in trainees],
         [one.options for one in trainees],
         backbone.tokenizer.pad_id,
-        max(1, mesh.shape["data"] // jax.process_count()) * shared.train.accumulate,
+        mesh.shape["data"] // data_share(mesh)[1] * shared.train.accumulate,
     )
 
     # ---- evaluation and what is kept ---------------------------------------------------------
@@ -151,9 +151,10 @@ def train_together(
     cuts: list[dict[str, Mapping[str, int]]] = [{} for _ in trainees]
 
     def keep_one(n: int, name: str, number: int, trained: ArrayTree, metrics: Mapping) -> None:
-        if is_first:
-            tree = members(trained, len(trainees))[n]
-            keep(trainees[n], backbone, name, number, tree, metrics, (graphdef, frozen))
+        whole = here((trained, frozen if shared.tune == "model" else {}))
+        if is_first():
+            tree = members(whole[0], len(trainees))[n]
+            keep(trainees[n], backbone, name, number, tree, metrics, (graphdef, whole[1]))
 
     def evaluate(number: int, trained: ArrayTree, which: Sequence[int]) -> list[dict[str, float]]:
         asked = _side_by_side({n: examples_of(trainees[n].task, trainees[n].validation)
@@ -173,7 +174,7 @@ def train_together(
     identities = [run_identity(one.config, backbone) for one in trainees]
     identity = identities[0] if len(trainees) == 1 else dict(zip(names, identities, strict=True))
     with (
-        held(directory, active=is_first),
+        held(directory, active=is_first()),
         closing(batches),
         Checkpoints(directory / "checkpoints", shared.train.keep) as checkpoints,
         contextlib.ExitStack() as loggers,
@@ -181,18 +182,18 @@ def train_together(
         lengths = [one.total_steps for one in trainees]
         state, all_progress, resumed = restore(checkpoints, identity, state, batches, lengths)
         logger = loggers.enter_context(RunLogger(
-            make_directory(directory), total_steps=max(lengths), resumed_step=resumed,
+            directory, total_steps=max(lengths), resumed_step=resumed,
             score=f"eval/{trainees[0].score_names[0]}", config=dataclasses.asdict(shared),
-            active=is_first, **dataclasses.asdict(shared.logging),
+            active=is_first(), **dataclasses.asdict(shared.logging),
         ))  # fmt: skip
         own_loggers = [logger] if not names[0] else [
             loggers.enter_context(RunLogger(
-                make_directory(one.directory), resumed_step=resumed, active=is_first, screen=False
+                one.directory, resumed_step=resumed, active=is_first(), screen=False
             ))
             for one in trainees
         ]  # fmt: skip
-        for one in trainees:
-            write_file(one.directory / "config.yaml", dump(one.config))
+        for one in trainees if is_first() else ():
+            write_file(make_directory(one.directory) / "config.yaml", dump(one.config))
         logger.note(_opening(trainees, backbone, trained, directory, resumed))
         for line in dict.fromkeys(_packing(stream) for stream in batches.streams):
             logger.note(line)
@@ -201,7 +202,9 @@ def train_together(
             logger.note(line)
         loop = Loop(
             step=CompiledStep(graphdef, optimizers), frozen=frozen, batches=batches,
-            put=lambda parts: [Part(kind, shard_batch(mesh, batch)) for kind, batch in parts],
+            put=lambda parts: [
+                Part(kind, shard_batch(mesh, batch, own=True)) for kind, batch in parts
+            ],
             config=shared.train, checkpoints=checkpoints, identity=identity, logger=logger,
             members=[
                 Member(
@@ -219,7 +222,7 @@ def train_together(
             own_cuts["training"] = stream.report()
             for line in _cut_lines(own_cuts):
                 logger.note(f"{one.name}: {line}" if one.name else line)
-        for one, progress in zip(trainees, all_progress, strict=True):
+        for one, progress in zip(trainees, all_progress, strict=True) if is_first() else ():
             picture = write_run_plot(
                 one.directory / METRICS_FILE,
                 one.directory / "plots" / "run.png",
@@ -264,14 +267,16 @@ def _taken_apart(
     return split(PromptedT5(backbone.module(), method))
 
 
-def _batches(one: Trainee, devices: int) -> TrainBatches:
+def _batches(one: Trainee, mesh: jax.sharding.Mesh) -> TrainBatches:
+    number, shares = data_share(mesh)
     return TrainBatches(
         one.encoder,
         one.source,
         seed=one.config.seed,
-        row_multiple=one.config.data.row_multiple or devices * one.config.train.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        row_multiple=one.config.data.row_multiple
+        or mesh.shape["data"] * one.config.train.accumulate,
+        process_index=number,
+        process_count=shares,
     )
 
 
