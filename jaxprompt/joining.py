@@ -26,8 +26,8 @@ _LEAVING_SECONDS = 5  # in which the others may come to the same error
 _ENDING_SECONDS = 3600  # in which the first process may write its results
 # What errors say of a computation that lost a host, whichever way the devices are connected.
 _LOSS = re.compile(
-    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|connection (closed|reset)|peer|"
-    r"distributed service|coordination",
+    r"gloo|nccl|UNAVAILABLE:|DEADLINE_EXCEEDED:|heartbeat|connection (closed|reset)|"
+    r"distributed service",
     re.IGNORECASE,
 )
 
@@ -173,10 +173,8 @@ def _code_of(error: BaseException, debug: bool) -> int:
 
 
 def _is_loss(error: BaseException | None) -> bool:
-    import jax
-
-    while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _LOSS.search(str(error)):
+    while error is not None:  # jax raises either
+        if isinstance(error, RuntimeError | ValueError) and _LOSS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -27,7 +27,7 @@ from jaxprompt.members import Member
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
 from jaxprompt.plots import write_run_plot
-from jaxprompt.sharding import data_share, here, make_mesh, replicate, shard_batch, to_host
+from jaxprompt.sharding import data_share, here, make_mesh, meet, replicate, shard_batch, to_host
 from jaxprompt.steps import eval_step, init_state, train_step
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import init_params
@@ -50,6 +50,9 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     directory, exported = Path(config.output_dir), Path(config.output_dir) / "backbone"
 
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    meet(mesh)
+
     # ---- backbone ----------------------------------------------------------------------------
     t5_config, params, tokenizer, tokenizer_dir = _start(config)
     model = PromptedT5(T5(t5_config, params, config.backbone.compute()))
@@ -65,7 +68,6 @@ def pretrain(config: PretrainConfig) -> Path:
     optimizer = make_optimizer(config.optim, total_steps)
     options = step_options(config)
     step = jax.jit(functools.partial(train_step, graphdef, [optimizer], options), donate_argnums=0)
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
     state = replicate(mesh, init_state(trained, [optimizer], [config.seed]))
 
     # ---- evaluation and export ---------------------------------------------------------------

@@ -34,7 +34,7 @@ from jaxprompt.plots import write_run_plot
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.bank import PromptBank, members
 from jaxprompt.schema import to_mapping
-from jaxprompt.sharding import data_share, here, make_mesh, replicate, shard_batch
+from jaxprompt.sharding import data_share, here, make_mesh, meet, replicate, shard_batch
 from jaxprompt.steps import init_state
 from jaxprompt.trainee import (
     Trainee,
@@ -120,6 +120,7 @@ def train_together(
     """
     shared, directory = configs[0], Path(output_dir)
     mesh = make_mesh(shared.mesh.data, shared.mesh.model)
+    meet(mesh)
 
     # ---- backbone, tasks, data ---------------------------------------------------------------
     backbone = load_backbone(

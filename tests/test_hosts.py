@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,14 @@ from run_fixtures import (
     write_backbone,
 )
 
-from jaxprompt import cli
+from jaxprompt import cli, trees
 from jaxprompt.artifact import load_artifact
+from jaxprompt.config import PretrainConfig, load_config
+from jaxprompt.pretrain import pretrain
+from jaxprompt.sweep import sweep
+from jaxprompt.sweep_config import load_sweep
+from jaxprompt.t5.backbones import read_config
+from jaxprompt.t5.layers import param_specs
 from jaxprompt.train import train
 
 __all__ = ["compiled"]  # fixture
@@ -250,9 +255,7 @@ def test_sigterm_to_one_host_saves_one_step_on_all_and_a_slow_host_is_waited_for
         step, _, metadata = saved_state(hosts.run)
         assert 4 <= step < 60 and not metadata["progress"][0]["finished"]
         assert f"SIGTERM: stopped and saved at step {step}" in hosts.said(0)
-        assert [path.name for path in (hosts.run / "checkpoints").iterdir()] == [
-            f"step_{step:08d}"
-        ]
+        assert [path.name for path in (hosts.run / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     with start(tmp_path, 2) as hosts:
         hosts.until(step + 3)
         (worker,) = workers_of(hosts.pids[1])
@@ -291,3 +294,178 @@ def test_a_killed_host_ends_the_run_soon_and_the_same_command_goes_on_to_the_bit
     with start(tmp_path, 2) as hosts:
         assert_same_end(hosts.finish(), two.run)
         assert "resuming at step" in hosts.said(0)
+
+
+def test_a_sweep_trains_on_two_hosts_as_on_one(
+    start: Callable[..., Hosts], world: World, tmp_path: Path
+):
+    words = ["sweep={seed: [0, 1], method.length: [3, 4]}", "train.steps=6", "train.eval_every=3"]
+    with start(tmp_path, 2, *words) as hosts:
+        hosts.finish()
+    expected = tmp_path / "alone"
+    sweep(load_sweep(world.config, [f"output_dir={expected}", *OPTIONS, *words, "mesh.data=2"]))
+    names = sorted(path.name for path in (expected / "prompts").iterdir())
+    assert len(names) == 4
+    for name in names:
+        own, other = hosts.run / "prompts" / name, expected / "prompts" / name
+        np.testing.assert_allclose(losses(own), losses(other), rtol=1e-5)
+        assert {path.name for path in own.iterdir()} == {path.name for path in other.iterdir()}
+    assert json.loads((hosts.run / "sweep.json").read_text())["settings"]
+    assert not (hosts.places[1] / "run").exists()
+
+
+def test_a_backbone_is_tuned_on_two_hosts_as_on_one(
+    start: Callable[..., Hosts], world: World, tmp_path: Path
+):
+    words = ["tune=model", "optim.recipe=adamw", "optim.learning_rate=0.001", "train.steps=4"]
+    with start(tmp_path, 2, *words, "train.eval_every=2") as hosts:
+        hosts.finish()
+    expected = tmp_path / "alone"
+    train(world.load(expected, *OPTIONS, *words, "train.eval_every=2", "mesh.data=2"))
+    np.testing.assert_allclose(losses(hosts.run), losses(expected), rtol=1e-5)
+    assert {path.name for path in (hosts.run / "best").iterdir()} == {
+        path.name for path in (expected / "best").iterdir()
+    }
+
+
+def test_pretraining_on_two_hosts_is_that_on_one(nursery: Nursery, world: World, tmp_path: Path):
+    text = tmp_path / "text.txt"
+    lines = ["the food was good and the film was about a book this time"] * 40
+    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    entry = {
+        "objective": "prefix_lm", "files": [str(text)], "weight": 1.0,
+        "max_input_length": 16, "max_target_length": 16,
+    }  # fmt: skip
+    mapping = {
+        "backbone": {"name": str(world.root / "backbone")},
+        "mixture": {"batch_size": 4, "entries": [entry]}, "validation": [entry], "eval_batches": 1,
+        "optim": {"recipe": "pretrain", "learning_rate": 0.01},
+        "train": {"steps": 4, "eval_every": 2, "save_every": 2, "log_every": 1},
+        "logging": {"terminal": False}, "output_dir": "run",
+    }  # fmt: skip
+    config = tmp_path / "pretrain.yaml"
+    config.write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    with Hosts(nursery, tmp_path, 2, "pretrain", config) as hosts:
+        hosts.finish()
+    pretrain(load_config(config, [f"output_dir={tmp_path}/alone", "mesh.data=2"], PretrainConfig))
+    np.testing.assert_allclose(losses(hosts.run), losses(tmp_path / "alone"), rtol=1e-5)
+    assert (hosts.run / "backbone" / "model.safetensors").is_file()
+    assert not (hosts.places[1] / "run").exists()
+
+
+# Reads a backbone as one of two processes and says which parts of the files it touched.
+READER = """
+    import json, sys
+    import jax
+    import numpy as np
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), initialization_timeout=60)
+    from jaxprompt import trees
+    from jaxprompt.sharding import here, make_mesh, tree_shardings
+    from jaxprompt.t5 import weights
+    from jaxprompt.t5.backbones import read_config
+    from jaxprompt.t5.layers import param_specs
+
+    directory, model = sys.argv[1], int(sys.argv[4])
+    config, touched, filler = read_config(directory), {}, weights._filler
+
+    def watched(sources, layout):
+        fill, path = filler(sources, layout), sources[0][0].path
+
+        def noted(block, index):
+            touched.setdefault(path, []).append([[part.start, part.stop] for part in index])
+            fill(block, index)
+
+        return noted
+
+    alone = weights.load_params(directory, config)
+    weights._filler = watched
+    shardings = tree_shardings(make_mesh(-1, model), param_specs(config))
+    params = weights.load_params(directory, config, shardings=shardings)
+    for leaf, sharding in zip(*map(jax.tree.leaves, (params, shardings)), strict=True):
+        assert leaf.sharding == sharding
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(here(params)), alone)
+    print(json.dumps(touched))
+"""
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_hosts_read_each_byte_of_the_weights_once(world: World, model: int):
+    config, address = read_config(world.root / "backbone"), f"127.0.0.1:{free_port()}"
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(READER),
+             str(world.root / "backbone"), address, str(number), str(model)],
+            env=environment(JAX_NUM_CPU_DEVICES="2"), stdout=subprocess.PIPE, text=True,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [reader.communicate(timeout=BOUND)[0].splitlines()[-1] for reader in readers]
+    finally:
+        for reader in readers:
+            reader.kill()
+    touched = [json.loads(line) for line in said]
+    for path, leaf in trees.flatten(param_specs(config)).items():
+        times = np.zeros(leaf.shape, int)
+        for own in touched:
+            for spans in own[path]:
+                times[tuple(slice(*span) for span in spans)] += 1
+        assert np.all(times == 1), path
+
+
+# ---- options --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--coordinator", "here:1"], "--process-count"),
+        (["--distributed", "--process-count", "2"], "--distributed finds out"),
+        (["--coordinator", "here", "--process-count", "2", "--process-index", "0"], "HOST:PORT"),
+        (["--coordinator", "h:1", "--process-count", "2", "--process-index", "2"], "the last is 1"),
+        (["--coordinator", "h:1", "--process-count", "0", "--process-index", "0"], "above 0"),
+    ],
+)
+def test_options_that_make_no_sense(
+    words: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "quickstart", *words])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_hosts_that_do_not_come_together_say_so_in_time(world: World):
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--join-timeout", "2"]
+    process = spawn("train", world.config, *where, "--process-count", "2", "--process-index", "1")
+    try:
+        stdout, stderr = process.communicate(timeout=BOUND)
+    finally:
+        process.kill()
+    assert (process.returncode, stdout) == (2, "")
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("jaxprompt: error: the hosts did not come together in 2 seconds")
+    assert where[1] in stderr
+
+
+def test_hosts_that_disagree_on_how_many_they_are(nursery: Nursery, world: World, tmp_path: Path):
+    address = f"127.0.0.1:{free_port()}"
+    pids = []
+    for index, count in ((0, 2), (2, 3)):
+        where = ["--coordinator", address, "--process-count", count, "--process-index", index]
+        argv = ["train", world.config, *where, "--join-timeout", 5]
+        pids.append(nursery.ask({"argv": [*map(str, argv)], "cwd": str(tmp_path), "devices": 1}))
+    codes = [nursery.ask({"wait": pid, "seconds": BOUND}) for pid in pids]
+    assert codes == [2, 2]
+    assert (tmp_path / "stderr").read_text().count("did not come together") == 2
+
+
+def test_what_is_wrong_on_every_host_ends_every_host_with_a_sentence(
+    start: Callable[..., Hosts], tmp_path: Path
+):
+    with start(tmp_path, 2, "task.source.train=nowhere.jsonl") as hosts:
+        assert hosts.wait() == [2, 2]
+        for number in (0, 1):
+            assert "nowhere.jsonl" in hosts.said(number).splitlines()[-1]
