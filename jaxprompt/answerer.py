@@ -15,7 +15,7 @@ from jaxprompt import steps
 from jaxprompt.data.encoder import Cuts, TaskEncoder
 from jaxprompt.data.pipeline import Asked, EvalBatch, EvalChunk, eval_chunks
 from jaxprompt.generation import Generation, Generator
-from jaxprompt.sharding import replicate, shard_batch
+from jaxprompt.sharding import shard_batch, to_host
 from jaxprompt.typing import ArrayTree, Batch
 
 # Compiled once for each shape, whoever asks: programs of equal graph definitions are the same.
@@ -184,7 +184,7 @@ class Answerer:
                 index: dataclasses.replace(row[0], more=tuple(row[1:]))
                 for index, row in zip(index_BG[:, 0].tolist(), answers, strict=True)
             }
-        result = jax.device_get(result if self._mesh is None else replicate(self._mesh, result))
+        result = to_host(result)
         answers = {}
         for index, prompt, scores_C in zip(
             index_BG.ravel().tolist(),

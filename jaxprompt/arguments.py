@@ -40,6 +40,48 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on, as an argument's type."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that run on several hosts: who they are."""
+    group = parser.add_argument_group(
+        "on several hosts", "the same command on every one of them; see docs/hosts.md"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other hosts of this Cloud TPU, GKE, Slurm or Open MPI job",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 is, and a free port"
+    )
+    group.add_argument(
+        "--process-count", type=positive, metavar="N", help="elsewhere: how many there are"
+    )
+    group.add_argument(
+        "--process-index", type=natural, metavar="I", help="elsewhere: which one this is, from 0 on"
+    )
+    group.add_argument(
+        "--join-timeout",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the others at the start (300)",
+    )
+    group.add_argument(
+        "--host-timeout",
+        type=positive,
+        default=100,
+        metavar="SECONDS",
+        help="after how long without a sign of life a host is lost, and the run ends (100)",
+    )
+
+
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt convert`."""
     parser.add_argument(
@@ -123,6 +165,12 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FILE", help="with --search: write the best as a complete config"
     )
     json_argument(parser)
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt train` and `pretrain`."""
+    run_arguments(parser)
+    host_arguments(parser)
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxprompt.artifact import BackboneIdentity
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxprompt.sharding import tree_shardings
+from jaxprompt.sharding import to_host, tree_shardings
 from jaxprompt.t5.backbones import fingerprint, read_config, resolve_backbone
 from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.layers import param_specs
@@ -50,7 +49,7 @@ class Backbone:
     def embedding_rows(self, ids: Sequence[int]) -> np.ndarray:
         """Rows of the embedding table, float32 [len(ids), D]."""
         table = self.params["token_embedder"]["embedding"]
-        return np.asarray(jax.device_get(table[np.asarray(ids)]), np.float32)
+        return np.asarray(to_host(table[np.asarray(ids)]), np.float32)
 
 
 def load_backbone(

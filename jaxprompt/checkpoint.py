@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxprompt import files
+from jaxprompt import files, hosts
+from jaxprompt.identity import check_identity
+from jaxprompt.sharding import to_host
 from jaxprompt.typing import ArrayTree, UserError
 
 _FORMAT_VERSION = 1
@@ -31,7 +33,6 @@ _STEP = re.compile(r"^step_(\d{8,})$")
 _STATE = "state"
 _MANIFEST = "manifest.json"
 _SHOWN = 3  # names listed in one message
-_LONGEST = 80  # characters of a value in one message
 
 # Its threads also log, with a traceback, the exception that a failed save raises.
 logging.getLogger("absl").addFilter(
@@ -54,7 +55,8 @@ class Checkpoints:
 
     Saves run in the background, one at a time, and none is skipped. A failed one is raised by the
     next `save`, `wait` or `close`; it leaves nothing behind, and what was saved before stays. Every
-    process of a run makes the same calls; the first one writes manifests and removes old ones.
+    process of a run makes the same calls; the first one alone reads and writes the directory, and
+    tells the others.
 
     Args:
       directory: made by the first save.
@@ -75,7 +77,6 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._is_first_process = jax.process_index() == 0
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -117,8 +118,10 @@ class Checkpoints:
           holds later steps that were not restored.
         """
         self.wait()
-        self._claim(step)
         leaves = _to_host(_flatten(dict(state)))
+        if not hosts.is_first():
+            return
+        self._claim(step)
         manifest = {
             "format_version": _FORMAT_VERSION,
             "step": step,
@@ -127,10 +130,10 @@ class Checkpoints:
         }
         temporary = self._temporary_path(step)
         try:
-            if self._is_first_process:
-                files.remove_directory(temporary)
-                files.make_directory(temporary)
-            response = ocp.save_checkpointables_async(str(temporary / _STATE), {_STATE: leaves})
+            files.remove_directory(temporary)
+            files.make_directory(temporary)
+            with _alone() if jax.process_count() > 1 else contextlib.nullcontext():
+                response = ocp.save_checkpointables_async(str(temporary / _STATE), {_STATE: leaves})
         except Exception as error:
             raise self._failure(step, error) from error
         self._pending = self._thread.submit(self._finish, step, manifest, response)
@@ -162,12 +165,33 @@ class Checkpoints:
 
         Args:
           abstract: trees of the same structure as were saved: arrays or ShapeDtypeStructs. Leaves
-            with a sharding come back as jax Arrays so sharded, the others as numpy arrays.
+            with a sharding come back as jax Arrays so sharded, the others, and in a run of several
+            processes all, as numpy arrays.
           identity: if given, compared with the saved run's before anything is loaded.
         Returns: (step, state, metadata), or None if there is no checkpoint.
         Raises: UserError if none of those there is whole, if the identity differs, or if the saved
           leaves are not those of `abstract`, naming them.
         """
+        if jax.process_count() == 1:
+            return self._restore(abstract, identity)
+
+        def read() -> tuple[Any, list[np.ndarray]]:
+            bare = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), dict(abstract))
+            found = self._restore(bare, identity)
+            if found is None:
+                return None, []
+            step, state, metadata = found
+            return [step, metadata], jax.tree.leaves(state)
+
+        found, leaves = hosts.from_first(read)
+        if found is None:
+            return None
+        step, metadata = found
+        return step, jax.tree.unflatten(jax.tree.structure(dict(abstract)), leaves), metadata
+
+    def _restore(
+        self, abstract: Mapping[str, ArrayTree], identity: Mapping[str, Any] | None
+    ) -> tuple[int, dict[str, ArrayTree], dict[str, Any]] | None:
         reasons = []
         for step in reversed(self.steps()):
             try:
@@ -217,15 +241,13 @@ class Checkpoints:
         temporary = self._temporary_path(step)
         try:
             response.result()
-            if self._is_first_process:
-                manifest["files"] = _digests(temporary)
-                manifest["sha256"] = _digest_of(manifest)
-                files.write_file(temporary / _MANIFEST, json.dumps(manifest))
-                files.move_directory(temporary, self._path(step))
+            manifest["files"] = _digests(temporary)
+            manifest["sha256"] = _digest_of(manifest)
+            files.write_file(temporary / _MANIFEST, json.dumps(manifest))
+            files.move_directory(temporary, self._path(step))
         except Exception as error:
             raise self._failure(step, error) from error
-        if self._is_first_process:
-            self._remove_old(step)
+        self._remove_old(step)
 
     def _remove_old(self, step: int) -> None:
         """Removes all but the newest `keep`, what was found damaged, and what killed saves left."""
@@ -249,45 +271,6 @@ class Checkpoints:
         return UserError(f"the checkpoint of step {step} was not saved ({last}): {cause}")
 
 
-def check_identity(
-    saved: Mapping[str, Any], current: Mapping[str, Any], directory: files.PathLike
-) -> None:
-    """Refuses to resume a run as another one.
-
-    Args:
-      saved: what the run in the directory is: backbone, task, method ..., JSON data.
-      current: the same of this run.
-      directory: the run's directory, for the message.
-    Raises: UserError naming every entry that differs, both values.
-    """
-    before, now = _entries(saved), _entries(json.loads(json.dumps(current)))
-    differing = [
-        f"{key} {_shown(before, key)}, now {_shown(now, key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"run directory {directory} was trained with {'; with '.join(differing)}: set them "
-            "back or choose another output_dir"
-        )
-
-
-def _shown(entries: Mapping[str, Any], key: str) -> str:
-    text = str(entries.get(key, "not set"))
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
-
-
-def _entries(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """JSON data -> {"a.b": value}; lists are values."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    entries: dict[str, Any] = {}
-    for key, value in tree.items():
-        entries |= _entries(value, f"{prefix}.{key}" if prefix else str(key))
-    return entries
-
-
 def _flatten(tree: ArrayTree) -> dict[str, Any]:
     """Any pytree -> {"a/0/b": leaf}."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -301,16 +284,25 @@ def _flatten(tree: ArrayTree) -> dict[str, Any]:
 
 
 def _to_host(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Copies that later donation cannot touch; arrays spread over processes are left to Orbax."""
+    """Copies that later donation cannot touch."""
+    return {path: np.array(leaf, order="C") for path, leaf in to_host(leaves).items()}
 
-    def is_spread(leaf: Any) -> bool:
-        return isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        )
 
-    spread = {path: leaf for path, leaf in leaves.items() if is_spread(leaf)}
-    local = jax.device_get({path: leaf for path, leaf in leaves.items() if path not in spread})
-    return {path: np.array(leaf, order="C") for path, leaf in local.items()} | spread
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Orbax in the first of several processes, which would else wait for the others.
+
+    `active_processes` says so to all of Orbax but one check, which compares the directory's name
+    with the other processes' whenever there are any.
+    """
+    context, process_count = ocp.Context(), jax.process_count
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = 0, {0}
+    jax.process_count = lambda *_: 1
+    try:
+        with context:
+            yield
+    finally:
+        jax.process_count = process_count
 
 
 def _description(leaf: Any) -> dict[str, Any]:
@@ -364,7 +356,8 @@ def _load(path: Path, manifest: _Manifest, abstract: Mapping[str, ArrayTree]) ->
     _check_leaves(path.parent, manifest.leaves, wanted)
     targets = {name: _target(leaf) for name, leaf in wanted.items()}
     try:
-        loaded = ocp.load_checkpointables(str(path), {_STATE: targets})[_STATE]
+        with _alone() if jax.process_count() > 1 else contextlib.nullcontext():
+            loaded = ocp.load_checkpointables(str(path), {_STATE: targets})[_STATE]
     except Exception as error:
         raise _DamagedError(f"it cannot be loaded ({type(error).__name__}: {error})") from error
     structure = jax.tree.structure(dict(abstract))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jaxprompt
-from jaxprompt import allocator
+from jaxprompt import allocator, joining
 from jaxprompt.arguments import (
     convert_arguments,
     import_arguments,
@@ -23,8 +23,8 @@ from jaxprompt.arguments import (
     methods_arguments,
     plan_arguments,
     positive,
-    run_arguments,
     task_argument,
+    train_arguments,
 )
 
 _PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and not args.debug:  # and says things its own way
         sys.unraisablehook = _show_unraisable
         logging.getLogger().addHandler(logging.NullHandler())
+    return joining.run(args, _run) if joining.is_asked_for(args) else _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The command in this process: its exit code, and what a user can put right in a sentence."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -115,6 +120,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         parser.error(f"{args.command or 'jaxprompt'} does not know {unknown[0]!r}")
     if rest:
         args.overrides += rest
+    if joining.is_asked_for(args) and (wrong := joining.wrong(args)):
+        parser.error(wrong)
     return args
 
 
@@ -283,13 +290,13 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "train": _Command(
         "train",
-        run_arguments,
+        train_arguments,
         "train a prompt, or a sweep of them at once; resumes by itself if output_dir holds the run",
         "jaxprompt train quickstart train.steps=200 output_dir=runs/mine",
     ),
     "pretrain": _Command(
         "pretrain",
-        run_arguments,
+        train_arguments,
         "pretrain a backbone or adapt one to language modelling, all parameters",
         "jaxprompt pretrain pretrain/mini output_dir=runs/mini",
     ),

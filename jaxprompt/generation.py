@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxprompt import steps
 from jaxprompt.data.tokenizer import Tokenizer
-from jaxprompt.sharding import replicate, shard_batch
+from jaxprompt.sharding import shard_batch, to_host
 from jaxprompt.t5.decode import Generated
 from jaxprompt.t5.search import Search
 from jaxprompt.t5.stepwise import Draw
@@ -217,7 +217,7 @@ class Generator:
         return jax.device_put(tree) if self._mesh is None else shard_batch(self._mesh, tree)
 
     def _fetch(self, tree: ArrayTree) -> ArrayTree:
-        return jax.device_get(tree if self._mesh is None else replicate(self._mesh, tree))
+        return to_host(tree)
 
 
 def _by_row(said: list[Said], times: int) -> list[list[Said]]:

@@ -14,8 +14,10 @@ import jax
 import numpy as np
 
 from jaxprompt.checkpoint import Checkpoints
+from jaxprompt.hosts import Agreement
 from jaxprompt.logging import RunLogger
 from jaxprompt.members import Member, Progress, log_together
+from jaxprompt.sharding import put_whole
 from jaxprompt.step_metrics import StepMetrics
 from jaxprompt.steps import TrainState
 from jaxprompt.typing import ArrayTree, UserError
@@ -103,7 +105,7 @@ def restore(
     all_progress = [
         Progress(**{k: v for k, v in entry.items() if k in known}) for entry in metadata["progress"]
     ]
-    saved = jax.device_put(saved)
+    saved = jax.tree.map(lambda leaf, like: put_whole(leaf, like.sharding), saved, _saved(state))
     rng = jax.random.wrap_key_data(saved.pop("rng"))
     return TrainState(**saved, rng=rng, live=state.live), all_progress, number
 
@@ -163,7 +165,7 @@ class Loop:
             )
             return state
         with _sigterm_flag() as terminated, jax.transfer_guard("disallow"):
-            return run.steps(state, start, terminated)
+            return run.steps(state, start, Agreement(lambda: terminated[0]))
 
 
 class _Run:
@@ -183,8 +185,8 @@ class _Run:
     def is_over(self) -> bool:
         return not self.live
 
-    def steps(self, state: TrainState, start: int, terminated: list[bool]) -> TrainState:
-        """Steps from `start` to the end."""
+    def steps(self, state: TrainState, start: int, terminated: Callable[[], bool]) -> TrainState:
+        """Steps from `start` to the end, or until the run is told to."""
         loop = self.loop
         late = StepMetrics(
             loop.members,
@@ -208,14 +210,14 @@ class _Run:
         return state
 
     def _after(
-        self, number: int, state: TrainState, late: StepMetrics, terminated: list[bool]
+        self, number: int, state: TrainState, late: StepMetrics, terminated: Callable[[], bool]
     ) -> tuple[TrainState, bool]:
         """Evaluates and saves if that is due after a step; whether the loop ends with it."""
-        if self._awaiting(number) and not terminated[0]:
+        if self._awaiting(number) and not terminated():
             late.drain()
             self._evaluate(number, state)
             late.restart_clock()
-        terminates = terminated[0]  # read once: a SIGTERM from here on ends the next step
+        terminates = terminated()  # asked once: a SIGTERM from here on ends a later step
         awaiting = self._awaiting(number)
         ending = [
             n
@@ -246,7 +248,7 @@ class _Run:
             if n not in live and (before is None or n in before) and self.loop.on_end is not None:
                 self.loop.on_end(n)
         flags = np.array([n in live for n in range(len(self.progress))])
-        return dataclasses.replace(state, live=jax.device_put(flags, state.live.sharding))
+        return dataclasses.replace(state, live=put_whole(flags, state.live.sharding))
 
     def _tell_early(self, number: int, ending: Sequence[int]) -> None:
         for n in ending:

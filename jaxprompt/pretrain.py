@@ -20,13 +20,14 @@ from jaxprompt.config import PretrainConfig, dump, load_config, step_options
 from jaxprompt.data.pretraining import MixtureBatches, MixtureConfig, MixtureEntry
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.files import held, make_directory, write_file
+from jaxprompt.hosts import is_first
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
 from jaxprompt.members import Member
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
 from jaxprompt.plots import write_run_plot
-from jaxprompt.sharding import make_mesh, replicate, shard_batch
+from jaxprompt.sharding import data_share, here, make_mesh, meet, replicate, shard_batch, to_host
 from jaxprompt.steps import eval_step, init_state, train_step
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import init_params
@@ -49,6 +50,9 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     directory, exported = Path(config.output_dir), Path(config.output_dir) / "backbone"
 
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    meet(mesh)
+
     # ---- backbone ----------------------------------------------------------------------------
     t5_config, params, tokenizer, tokenizer_dir = _start(config)
     model = PromptedT5(T5(t5_config, params, config.backbone.compute()))
@@ -64,25 +68,27 @@ def pretrain(config: PretrainConfig) -> Path:
     optimizer = make_optimizer(config.optim, total_steps)
     options = step_options(config)
     step = jax.jit(functools.partial(train_step, graphdef, [optimizer], options), donate_argnums=0)
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
     state = replicate(mesh, init_state(trained, [optimizer], [config.seed]))
 
     # ---- evaluation and export ---------------------------------------------------------------
     score = jax.jit(functools.partial(eval_step, graphdef, options))
     validation = {
-        name: _fixed_batches(config, entry, tokenizer, t5_config)
+        name: _fixed_batches(config, entry, tokenizer, t5_config, mesh)
         for name, entry in _named(config.validation).items()
     }
 
     def export(trained: ArrayTree) -> None:
-        tree = merge(graphdef, trained, frozen).backbone.tree()
-        save_hf(exported, tree, t5_config, tokenizer_dir=tokenizer_dir, dtype=config.export_dtype)
+        whole = here((trained, frozen))
+        if is_first():
+            tree, dtype = merge(graphdef, *whole).backbone.tree(), config.export_dtype
+            save_hf(exported, tree, t5_config, tokenizer_dir=tokenizer_dir, dtype=dtype)
 
     def evaluate(number: int, trained: ArrayTree, _: Sequence[int]) -> list[dict[str, float]]:
         metrics = {}
         for name, fixed in validation.items():
             sums = [
-                jax.device_get(score(trained, frozen, shard_batch(mesh, batch))) for batch in fixed
+                to_host(score(trained, frozen, shard_batch(mesh, batch, own=True)))
+                for batch in fixed
             ]
             total = {key: float(sum(part[key] for part in sums)) for key in sums[0]}
             metrics[f"{name}/loss"] = total["loss"] / max(total["units"], 1)
@@ -94,7 +100,7 @@ def pretrain(config: PretrainConfig) -> Path:
         return [metrics]
 
     # ---- run ---------------------------------------------------------------------------------
-    batches = _batches(config.mixture, tokenizer, t5_config, config.seed)
+    batches = _batches(config.mixture, tokenizer, t5_config, config.seed, mesh)
     identity = {
         "model": dataclasses.asdict(t5_config),
         "optim": config.optim.recipe,
@@ -102,17 +108,18 @@ def pretrain(config: PretrainConfig) -> Path:
     }
     folder = directory / "checkpoints"
     with (
-        held(directory, active=jax.process_index() == 0),
+        held(directory, active=is_first()),
         closing(batches),
         Checkpoints(folder, config.train.keep) as checkpoints,
     ):
         state, progress, resumed = restore(checkpoints, identity, state, batches, [total_steps])
         with RunLogger(
-            make_directory(directory), total_steps=total_steps, resumed_step=resumed,
-            config=dataclasses.asdict(config), active=jax.process_index() == 0,
+            directory, total_steps=total_steps, resumed_step=resumed,
+            config=dataclasses.asdict(config), active=is_first(),
             **dataclasses.asdict(config.logging),
         ) as logger:  # fmt: skip
-            write_file(directory / "config.yaml", dump(config))
+            if is_first():
+                write_file(make_directory(directory) / "config.yaml", dump(config))
             start = "starting" if resumed is None else f"resuming at step {resumed:,}"
             logger.note(
                 f"{start}: {count(trained):,} parameters, {total_steps:,} steps, output in "
@@ -121,7 +128,8 @@ def pretrain(config: PretrainConfig) -> Path:
             rate = functools.partial(learning_rate_at, config.optim, total_steps)
             member = Member("", total_steps, config.train.early_stopping, rate, logger)
             loop = Loop(
-                step=step, frozen=frozen, batches=batches, put=functools.partial(shard_batch, mesh),
+                step=step, frozen=frozen, batches=batches,
+                put=functools.partial(shard_batch, mesh, own=True),
                 config=config.train, checkpoints=checkpoints, identity=identity, logger=logger,
                 evaluate=evaluate, members=[member],
             )  # fmt: skip
@@ -129,11 +137,9 @@ def pretrain(config: PretrainConfig) -> Path:
             for number, report in enumerate(batches.report()):
                 logger.note(f"mixture entry {number}: {report}")
             title = f"pretraining, {count(trained) / 1e6:.1f} M parameters"
-            logger.note(
-                write_run_plot(
-                    directory / METRICS_FILE, directory / "plots" / "run.png", title=title
-                )
-            )
+            if is_first():
+                metrics, picture = directory / METRICS_FILE, directory / "plots" / "run.png"
+                logger.note(write_run_plot(metrics, picture, title=title))
     return exported
 
 
@@ -163,10 +169,15 @@ def _named(entries: Sequence[MixtureEntry]) -> dict[str, MixtureEntry]:
 
 
 def _fixed_batches(
-    config: PretrainConfig, entry: MixtureEntry, tokenizer: Tokenizer, t5_config: T5Config
+    config: PretrainConfig,
+    entry: MixtureEntry,
+    tokenizer: Tokenizer,
+    t5_config: T5Config,
+    mesh: jax.sharding.Mesh,
 ) -> list[Batch]:
     """The first `eval_batches` batches of an entry, on the host: the same in every evaluation."""
-    with closing(_batches(_alone(entry, config.mixture), tokenizer, t5_config, 0)) as batches:
+    alone = _alone(entry, config.mixture)
+    with closing(_batches(alone, tokenizer, t5_config, 0, mesh)) as batches:
         return [next(batches) for _ in range(config.eval_batches)]
 
 
@@ -183,13 +194,18 @@ def _alone(entry: MixtureEntry, mixture: MixtureConfig) -> MixtureConfig:
 
 
 def _batches(
-    mixture: MixtureConfig, tokenizer: Tokenizer, t5_config: T5Config, seed: int
+    mixture: MixtureConfig,
+    tokenizer: Tokenizer,
+    t5_config: T5Config,
+    seed: int,
+    mesh: jax.sharding.Mesh,
 ) -> MixtureBatches:
+    number, shares = data_share(mesh)
     return MixtureBatches(
         mixture,
         tokenizer,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=number,
+        process_count=shares,
         start_id=t5_config.decoder_start_id,
     )

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.logging import RunLogger
 from jaxprompt.members import Member, Progress, log_together
+from jaxprompt.sharding import to_host
 from jaxprompt.steps import FINITE
 from jaxprompt.typing import UserError
 
@@ -68,7 +68,7 @@ class StepMetrics:
             self._fetch(*previous, newest=previous[0])
 
     def _fetch(self, number: int, metrics: dict[str, Any], newest: int) -> None:
-        fetched = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
+        fetched = {name: np.asarray(value) for name, value in to_host(metrics).items()}
         for n in self._live:
             broken = [name for name in FINITE if not math.isfinite(fetched[name][n])]
             if broken:

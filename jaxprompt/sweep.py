@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt.files import write_file
+from jaxprompt.hosts import is_first
 from jaxprompt.logging import table
 from jaxprompt.plots import SweepRow, write_sweep_plot
 from jaxprompt.sweep_config import Sweep, SweptRun
@@ -102,9 +103,11 @@ def sweep(plan: Sweep) -> SweepResult:
             f"{min(result.diverged for result in results.values())}: lower optim.learning_rate"
         )
     settings = _settings([run for run in plan.runs if run.name in results], results)
-    write_file(directory / "sweep.json", json.dumps(_told(plan, results, settings), indent=1))
-    rows = [SweepRow(one.name, one.scores, one.bare, one.majority) for one in settings]
-    picture = write_sweep_plot(directory / "plots" / "sweep.png", rows, title=_title(plan))
+    picture = ""
+    if is_first():
+        write_file(directory / "sweep.json", json.dumps(_told(plan, results, settings), indent=1))
+        rows = [SweepRow(one.name, one.scores, one.bare, one.majority) for one in settings]
+        picture = write_sweep_plot(directory / "plots" / "sweep.png", rows, title=_title(plan))
     return SweepResult(directory, results, settings, picture)
 
 

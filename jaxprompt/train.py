@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jaxprompt.config import RunConfig
 from jaxprompt.data.sources import has_split
+from jaxprompt.hosts import is_first
 from jaxprompt.logging import table
 from jaxprompt.sweep import summary, sweep
 from jaxprompt.sweep_config import load_sweep
@@ -21,10 +22,14 @@ def main(args: argparse.Namespace) -> None:
     words = [args.config, *args.overrides]
     plan = load_sweep(args.config, args.overrides)
     if plan.axes:
-        print(summary(plan, sweep(plan), words), file=sys.stderr)
+        swept = sweep(plan)
+        told = summary(plan, swept, words) if is_first() else ""
     else:
         config = plan.runs[0].config
-        print(_summary(config, train(config), words), file=sys.stderr)
+        result = train(config)
+        told = _summary(config, result, words) if is_first() else ""
+    if told:
+        print(told, file=sys.stderr)
 
 
 def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> str:

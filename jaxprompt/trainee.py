@@ -79,19 +79,20 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
     return Trainee(name, config, task, source, validation, encoder, steps, step_options(config))
 
 
-def train_batches(one: Trainee, devices: int) -> TrainBatches:
+def train_batches(one: Trainee, devices: int, share: tuple[int, int] = (0, 1)) -> TrainBatches:
     """Its training batches.
 
     Args:
       devices: along the mesh's `data`.
+      share: which part of each batch is this process's, of how many (`sharding.data_share`).
     """
     return TrainBatches(
         one.encoder,
         one.source,
         seed=one.config.seed,
         row_multiple=one.config.data.row_multiple or devices * one.config.train.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
     )
 
 

@@ -25,6 +25,7 @@ from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
 from jaxprompt.data.side_by_side import Part, SideBySide
 from jaxprompt.evaluate import Evaluator
 from jaxprompt.files import held, make_directory, write_file
+from jaxprompt.hosts import is_first
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
 from jaxprompt.members import Member, Progress
@@ -33,7 +34,7 @@ from jaxprompt.optim import learning_rate_at, make_optimizer
 from jaxprompt.plots import write_run_plot
 from jaxprompt.prompts.bank import members
 from jaxprompt.schema import to_mapping
-from jaxprompt.sharding import make_mesh, replicate, shard_batch
+from jaxprompt.sharding import data_share, here, make_mesh, meet, replicate, shard_batch
 from jaxprompt.steps import init_state
 from jaxprompt.trainee import (
     Trainee,
@@ -121,7 +122,7 @@ def train_together(
     """
     shared, directory = configs[0], Path(output_dir)
     mesh = make_mesh(shared.mesh.data, shared.mesh.model)
-    is_first = jax.process_index() == 0
+    meet(mesh)
 
     # ---- backbone, tasks, data ---------------------------------------------------------------
     backbone = load_backbone(
@@ -142,10 +143,10 @@ def train_together(
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
     batches = SideBySide(
-        [train_batches(one, mesh.shape["data"]) for one in trainees],
+        [train_batches(one, mesh.shape["data"], data_share(mesh)) for one in trainees],
         [one.options for one in trainees],
         backbone.tokenizer.pad_id,
-        max(1, mesh.shape["data"] // jax.process_count()) * shared.train.accumulate,
+        mesh.shape["data"] // data_share(mesh)[1] * shared.train.accumulate,
     )
 
     # ---- evaluation and what is kept ---------------------------------------------------------
@@ -155,9 +156,10 @@ def train_together(
     cuts: list[dict[str, Mapping[str, int]]] = [{} for _ in trainees]
 
     def keep_one(n: int, name: str, number: int, trained: ArrayTree, metrics: Mapping) -> None:
-        if is_first:
-            tree = members(trained, len(trainees))[n]
-            rest = (graphdef, frozen)
+        whole = here((trained, frozen if shared.tune == "model" else {}))
+        if is_first():
+            tree = members(whole[0], len(trainees))[n]
+            rest = (graphdef, whole[1])
             keep(trainees[n], backbone, name, number, tree, firsts[n], metrics, rest)
 
     def evaluate(number: int, trained: ArrayTree, which: Sequence[int]) -> list[dict[str, float]]:
@@ -178,7 +180,7 @@ def train_together(
     identities = [run_identity(one.config, backbone) for one in trainees]
     identity = identities[0] if len(trainees) == 1 else dict(zip(names, identities, strict=True))
     with (
-        held(directory, active=is_first),
+        held(directory, active=is_first()),
         closing(batches),
         Checkpoints(directory / "checkpoints", shared.train.keep) as checkpoints,
         contextlib.ExitStack() as loggers,
@@ -186,18 +188,18 @@ def train_together(
         lengths = [one.total_steps for one in trainees]
         state, all_progress, resumed = restore(checkpoints, identity, state, batches, lengths)
         logger = loggers.enter_context(RunLogger(
-            make_directory(directory), total_steps=max(lengths), resumed_step=resumed,
+            directory, total_steps=max(lengths), resumed_step=resumed,
             score=f"eval/{trainees[0].score_names[0]}", config=dataclasses.asdict(shared),
-            active=is_first, **dataclasses.asdict(shared.logging),
+            active=is_first(), **dataclasses.asdict(shared.logging),
         ))  # fmt: skip
         own_loggers = [logger] if not names[0] else [
             loggers.enter_context(RunLogger(
-                make_directory(one.directory), resumed_step=resumed, active=is_first, screen=False
+                one.directory, resumed_step=resumed, active=is_first(), screen=False
             ))
             for one in trainees
         ]  # fmt: skip
-        for one in trainees:
-            write_file(one.directory / "config.yaml", dump(one.config))
+        for one in trainees if is_first() else ():
+            write_file(make_directory(one.directory) / "config.yaml", dump(one.config))
         logger.note(_opening(trainees, backbone, trained, directory, resumed))
         for line in dict.fromkeys(_packing(stream) for stream in batches.streams):
             logger.note(line)
@@ -206,7 +208,9 @@ def train_together(
             logger.note(line)
         loop = Loop(
             step=CompiledStep(graphdef, optimizers), frozen=frozen, batches=batches,
-            put=lambda parts: [Part(kind, shard_batch(mesh, batch)) for kind, batch in parts],
+            put=lambda parts: [
+                Part(kind, shard_batch(mesh, batch, own=True)) for kind, batch in parts
+            ],
             config=shared.train, checkpoints=checkpoints, identity=identity, logger=logger,
             members=[
                 Member(
@@ -224,7 +228,7 @@ def train_together(
             own_cuts["training"] = stream.report()
             for line in _cut_lines(own_cuts):
                 logger.note(f"{one.name}: {line}" if one.name else line)
-        for one, progress in zip(trainees, all_progress, strict=True):
+        for one, progress in zip(trainees, all_progress, strict=True) if is_first() else ():
             picture = write_run_plot(
                 one.directory / METRICS_FILE,
                 one.directory / "plots" / "run.png",

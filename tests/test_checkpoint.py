@@ -16,7 +16,8 @@ import pytest
 from disks import file_size_limit, small_disk
 
 from jaxprompt import checkpoint, files
-from jaxprompt.checkpoint import Checkpoints, check_identity
+from jaxprompt.checkpoint import Checkpoints
+from jaxprompt.identity import check_identity
 from jaxprompt.optim import OptimConfig, make_optimizer
 from jaxprompt.typing import UserError
 

@@ -2,6 +2,7 @@ import gc
 import itertools
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,6 +190,33 @@ def test_an_epoch_shows_every_row_once_and_epochs_differ(tmp_path: Path):
     batches.close()
     assert [sorted(order) for order in orders] == [list(range(24))] * 2
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("packing", [False, True])
+def test_processes_together_lose_no_row_and_see_none_twice(
+    tmp_path: Path, packing: bool, count: int
+):
+    """Three epochs of a number of rows, and batches, that nothing divides."""
+    encoder = encoder_of(packing=packing, batch_size=6, max_input_length=24)
+    source = write_rows(tmp_path / "a.jsonl", 23)
+    streams = [
+        TrainBatches(encoder, source, process_index=index, process_count=count)
+        for index in range(count)
+    ]
+    seen: Counter[int] = Counter()
+    state = {"next_draw": 0, "batch": 1}
+    while state["next_draw"] < 3 * 23 or state["batch"]:
+        for stream in streams:
+            indices = next(stream).example_index_BG.ravel()
+            seen.update(indices[indices >= 0].tolist())
+        state = streams[0].get_state()
+        assert all(stream.get_state() == state for stream in streams)
+    for stream in streams:
+        stream.close()
+    order = row_order(23, 0)
+    drawn = Counter(order[n] for n in range(state["next_draw"]) if n not in state["waiting"])
+    assert seen == drawn
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HOUSE = [
     ["typing"],
     [
-        *("allocator", "arraystore", "files", "logging", "losses", "metrics", "plots"),
-        *("recipes", "schema", "sharding", "tensorfile", "trees"),
+        *("allocator", "arraystore", "files", "hosts", "identity", "logging", "losses"),
+        *("metrics", "plots", "recipes", "schema", "sharding", "tensorfile", "trees"),
     ],
     ["prompts", "t5"],
     ["data", "model"],
@@ -43,6 +43,7 @@ HOUSE = [
         "evaluate",
         "importing",
         "inspection",
+        "joining",
         "listing",
         "plan",
         "predict",

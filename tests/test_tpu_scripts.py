@@ -506,13 +506,13 @@ def test_a_program_that_is_not_installed(cloud: Cloud):
     assert "xpk is not installed" in cloud.call("create", code=2).stderr
 
 
-def test_several_hosts_are_warned_of(cloud: Cloud):
-    assert "warning" not in cloud.call("create").stderr
-    cloud.write_env("ACCELERATOR_TYPE=v5litepod-16")
-    assert "has several hosts" in cloud.call("create").stderr
-    cloud.write_env("ACCELERATOR_TYPE=v5p-8")
+@pytest.mark.parametrize(
+    ("kind", "chips"), [("v5litepod-4", 4), ("v5litepod-16", 16), ("v5p-8", 4), ("v4-32", 16)]
+)
+def test_create_says_how_many_chips_are_billed(cloud: Cloud, kind: str, chips: int):
+    cloud.write_env(f"ACCELERATOR_TYPE={kind}")
     err = cloud.call("create").stderr
-    assert "warning" not in err and "4 chips" in err
+    assert f" {chips} chips" in err and "warning" not in err
 
 
 def test_what_passes_is_tried_again(cloud: Cloud):

@@ -229,15 +229,6 @@ at_exit() {
   fi
 }
 
-# Whether a slice is one host, as far as its name says; the smallest host sizes are the safe guess.
-one_host() {
-  local largest=8
-  case $ACCELERATOR_TYPE in
-    v2-* | v3-* | v4-* | v5p-*) largest=4 ;;
-  esac
-  ((SLICES == 1 && $(chips) <= largest))
-}
-
 # ---- a run ---------------------------------------------------------------------------------------
 
 # Reads `[--files DIR] train|pretrain CONFIG [key=value ...]` into files, words and output.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.files import replacing_directory, writing
+from jaxprompt.sharding import put_whole, read_sharding
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.weight_files import WeightFiles, name_some, open_weights
@@ -120,8 +121,8 @@ def load_params(
 
     Files stay memory-mapped; the host holds one block of rows (layers) at a time in the target
     dtype and layout: at most `host_bytes`, or one layer's tensor if that is larger. Each process
-    reads the bytes of its own shards only. Of T5X, whose arrays are compressed, whole tensors are
-    read, one at a time.
+    reads the bytes of its own shards only, and of what several hold its part (`read_sharding`). Of
+    T5X, whose arrays are compressed, whole tensors are read, one at a time.
 
     Args:
       directory: holds safetensors, torch .bin or Flax msgpack weights, single or sharded, or is a
@@ -139,7 +140,9 @@ def load_params(
 
     def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = alone if shardings is None else flatten(shardings)[path]
-        return _place(_filler(matched[path], files.layout), leaf, sharding, host_bytes)
+        reading = read_sharding(sharding, leaf.shape)
+        placed = _place(_filler(matched[path], files.layout), leaf, reading, host_bytes)
+        return placed if reading is sharding else put_whole(placed, sharding)
 
     return map_with_path(place, abstract_params(config, dtype))
 
