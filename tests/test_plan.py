@@ -147,6 +147,13 @@ def test_a_missing_tpu_compiler_is_named(
     assert "needs the TPU compiler (not a TPU)" in err and "jaxprompt[plan]" in err
 
 
+def test_loops_of_unknown_length_are_refused(world: World, capsys: pytest.CaptureFixture[str]):
+    code, _, err = plan(
+        capsys, world.config, "mesh.data=2", "backbone.attention=windowed", "--topology", "cpu:2"
+    )
+    assert code == 2 and "plan it with backbone.attention=chunked" in err
+
+
 def test_a_search_ranks_what_it_tried_and_writes_the_best(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -146,12 +146,17 @@ def read_step(
     known |= {"activations": activations, "capacity": capacity}
     known["fits"] = chip is not None or capacity is None or total <= capacity
     known["traffic"] = 2 * config.train.accumulate * (known["weights"] + activations)
-    if count > 1:
-        known["sent"] = _sent(text, count)
-    if chip is None:
-        return Estimate(**known)
-    known["flops"] = compiled_flops(text)
-    found = ops(text)
+    try:
+        if count > 1:
+            known["sent"] = _sent(text, count)
+        if chip is None:
+            return Estimate(**known)
+        known["flops"], found = compiled_flops(text), ops(text)
+    except ValueError as error:
+        raise UserError(
+            f"the compiled step loops as long as its data say ({error}), so it cannot be counted; "
+            "plan it with backbone.attention=chunked instead of windowed"
+        ) from error
     known |= {"cycles": total_cycles(found), "dearest": dearest(found)}
     known["kernels"] = sum(op.times for op in found if not op.estimated)
     return timed(Estimate(**known), topology)
