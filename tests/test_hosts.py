@@ -30,6 +30,7 @@ from run_fixtures import (
     snapshot,
     spawn,
     write_backbone,
+    write_rows,
 )
 
 from jaxprompt import cli, trees
@@ -296,16 +297,28 @@ def test_a_killed_host_ends_the_run_soon_and_the_same_command_goes_on_to_the_bit
         assert "resuming at step" in hosts.said(0)
 
 
+def test_a_host_without_a_sign_of_life_is_lost(start: Callable[..., Hosts], tmp_path: Path):
+    with start(tmp_path, 2, "--host-timeout", "10") as hosts:
+        hosts.until(4)
+        (worker,) = workers_of(hosts.pids[1])
+        os.kill(worker, signal.SIGSTOP)
+        began = time.monotonic()
+        assert hosts.nursery.ask({"wait": hosts.pids[0], "seconds": BOUND}) == 1
+        assert time.monotonic() - began < 60
+        last = hosts.said(0).splitlines()[-1]
+        assert LOST in last and "did not answer for 10 seconds" in last
+
+
 def test_a_sweep_trains_on_two_hosts_as_on_one(
     start: Callable[..., Hosts], world: World, tmp_path: Path
 ):
-    words = ["sweep={seed: [0, 1], method.length: [3, 4]}", "train.steps=6", "train.eval_every=3"]
+    words = ["sweep={method.length: [3, 4]}", "train.steps=4", "train.eval_every=2"]
     with start(tmp_path, 2, *words) as hosts:
         hosts.finish()
     expected = tmp_path / "alone"
     sweep(load_sweep(world.config, [f"output_dir={expected}", *OPTIONS, *words, "mesh.data=2"]))
     names = sorted(path.name for path in (expected / "prompts").iterdir())
-    assert len(names) == 4
+    assert len(names) == 2
     for name in names:
         own, other = hosts.run / "prompts" / name, expected / "prompts" / name
         np.testing.assert_allclose(losses(own), losses(other), rtol=1e-5)
@@ -329,9 +342,8 @@ def test_a_backbone_is_tuned_on_two_hosts_as_on_one(
 
 
 def test_pretraining_on_two_hosts_is_that_on_one(nursery: Nursery, world: World, tmp_path: Path):
-    text = tmp_path / "text.txt"
-    lines = ["the food was good and the film was about a book this time"] * 40
-    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [{"text": "the food was good and the film was about a book of this film"}] * 40
+    text = write_rows(tmp_path / "text.jsonl", rows)
     entry = {
         "objective": "prefix_lm", "files": [str(text)], "weight": 1.0,
         "max_input_length": 16, "max_target_length": 16,
