@@ -21,6 +21,7 @@ from jaxprompt.arguments import (
     import_arguments,
     json_argument,
     positive,
+    precision_arguments,
     task_argument,
 )
 
@@ -138,12 +139,7 @@ def _backbone_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", metavar="B", help="directory or hub name to use for the prompt's own backbone"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the backbone's weights and activations (float32)",
-    )
+    precision_arguments(parser)
     parser.add_argument(
         "--allow-other-backbone",
         action="store_true",

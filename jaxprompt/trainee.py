@@ -102,6 +102,8 @@ def keep(
         "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
         "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
     }  # fmt: skip
+    if backbone.quantize != "none":
+        provenance["quantize"] = backbone.quantize
     save_artifact(place, artifact_of(config, backbone, trained["method"], provenance))
 
 

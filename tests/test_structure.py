@@ -17,7 +17,7 @@ HOUSE = [
     ["typing"],
     [
         *("allocator", "arraystore", "files", "logging", "losses", "metrics", "plots"),
-        *("schema", "sharding", "tensorfile", "trees"),
+        *("quantize", "schema", "sharding", "tensorfile", "trees"),
     ],
     ["prompts", "t5"],
     ["data", "model"],
@@ -80,6 +80,7 @@ DOORS = {
     "transformers": {"data/tokenizer.py"},
     "safetensors": {"tensorfile.py"},
     "tensorstore": {"arraystore.py"},
+    "qwix": {"quantize.py"},
 }
 FORBIDDEN = ("nnx.jit", "nnx.Optimizer", "nnx.DiffState", "jax._src", "pickle")
 NEVER_IMPORTED = ("tensorflow", "torch")
