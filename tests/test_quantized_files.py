@@ -127,8 +127,8 @@ def test_the_host_holds_one_tensor(kind: str, tmp_path: Path, monkeypatch: pytes
     _, writing = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     stack = 8 * tensor
-    assert peak < {"int8": 2.2, "int4": 3.2}[kind] * tensor <= stack / 2.5
-    assert writing < {"int8": 2.2, "int4": 3.2}[kind] * tensor
+    most = {"int8": 2.8, "int4": 3.9}[kind] * tensor
+    assert max(peak, writing) < most < stack / 2
     assert size_in_bytes(params) < 10 * stack / 3.5  # 10 such stacks, four times smaller
 
 
