@@ -94,16 +94,18 @@ def make_step(
     params: ArrayTree | None = None,
     prompt_PD: np.ndarray | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    quantize: str = "none",
 ) -> Step:
     """The training step of a soft prompt over a frozen backbone.
 
     Args:
       params, prompt_PD: None = abstract, enough to compile and for machines too small to run it.
       optimizer: default AdamW.
+      quantize: of abstract parameters.
     """
     optimizer = optimizer or optax.adamw(0.3)
     if params is None:
-        params = abstract_params(config, compute.dtype)
+        params = abstract_params(config, compute.dtype, quantize)
     if prompt_PD is None:
         prompt = jax.ShapeDtypeStruct(
             (int(np.max(batch.encoder_slots_BS)) + 1, config.d_model), jnp.float32

@@ -20,6 +20,7 @@ from benchmarks.common import SIZES, Shapes, Step, make_step, random_batch, size
 from jaxprompt import sharding
 from jaxprompt.planning.flops import minimal_step_flops
 from jaxprompt.planning.program import Op, by_kind, dearest, ops, total_cycles
+from jaxprompt.quantize import KINDS
 from jaxprompt.t5.config import ATTENTION_PATHS, REMAT_POLICIES, Compute, T5Config
 from jaxprompt.t5.layers import param_specs
 from jaxprompt.typing import ArrayTree, Batch
@@ -71,7 +72,9 @@ def batch_of(config: T5Config, rows: Rows, slots: int) -> Batch:
     return dataclasses.replace(batch, prompt_index_BG=index, example_index_BG=index)
 
 
-def compile_for(topology: str, model: int, config: T5Config, step: Step) -> jax.stages.Compiled:
+def compile_for(
+    topology: str, model: int, config: T5Config, step: Step, quantize: str = "none"
+) -> jax.stages.Compiled:
     """Compiles for `model` chips of the topology that share one copy of the weights."""
     from jax.experimental import topologies
 
@@ -83,7 +86,7 @@ def compile_for(topology: str, model: int, config: T5Config, step: Step) -> jax.
     def placed(leaf: Any, where: Any = whole) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    shardings: ArrayTree = sharding.tree_shardings(mesh, param_specs(config))
+    shardings: ArrayTree = sharding.tree_shardings(mesh, param_specs(config, quantize))
     frozen = jax.tree.unflatten(
         jax.tree.structure(step.frozen),
         jax.tree.map(placed, jax.tree.leaves(step.frozen), jax.tree.leaves(shardings)),
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=1024, help="row length of packed examples")
     parser.add_argument("--targets", type=int, default=8, help="of one example")
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="full")
+    parser.add_argument("--quantize", choices=KINDS, default="none")
     parser.add_argument(
         "--attention", nargs="+", choices=ATTENTION_PATHS, default=["plain", "chunked"]
     )
@@ -129,16 +133,19 @@ def main() -> None:
     os.environ.update(PLATFORM)
 
     config = size_config(args.size)
-    print(f"T5 1.1 {args.size}, bfloat16, remat {args.remat}, {args.topology}, model {args.model}")
+    weights = "bfloat16" if args.quantize == "none" else f"bfloat16, {args.quantize} weights"
+    print(f"T5 1.1 {args.size}, {weights}, remat {args.remat}, {args.topology}, model {args.model}")
     lines, costs = [], []
     for rows in layouts(args.examples, args.real, args.padded, args.row, args.targets):
         if rows.name not in args.layout:
             continue
         for attention in args.attention:
             compute = Compute("bfloat16", scan_unroll=1, remat=args.remat, attention=attention)
-            step = make_step(config, compute, batch_of(config, rows, args.slots))
+            step = make_step(
+                config, compute, batch_of(config, rows, args.slots), quantize=args.quantize
+            )
             start = time.perf_counter()
-            compiled = compile_for(args.topology, args.model, config, step)
+            compiled = compile_for(args.topology, args.model, config, step, args.quantize)
             found = ops(compiled.as_text())
             cycles = total_cycles(found)
             least = minimal_step_flops(config, rows.rows, rows.encoder, rows.targets)

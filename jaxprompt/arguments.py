@@ -33,6 +33,21 @@ def methods_arguments(parser: argparse.ArgumentParser) -> None:
     json_argument(parser)
 
 
+def precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--dtype D` and `--quantize K`, of a backbone that is loaded."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the backbone's weights and activations (float32)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "int4"),
+        help="of the backbone's matrices (as they are stored)",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number above 0, as an argument's type."""
     if not text.isdecimal() or int(text) < 1:
@@ -104,6 +119,11 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of the stored numbers (bfloat16 where the source's are, else float32)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "int4"),
+        help="store matrices as integers and scales, which jaxprompt alone reads (as the source)",
     )
     json_argument(parser)
 

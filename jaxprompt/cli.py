@@ -23,6 +23,7 @@ from jaxprompt.arguments import (
     methods_arguments,
     plan_arguments,
     positive,
+    precision_arguments,
     task_argument,
     train_arguments,
 )
@@ -140,12 +141,7 @@ def _backbone_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", metavar="B", help="directory or hub name to use for the prompt's own backbone"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the backbone's weights and activations (float32)",
-    )
+    precision_arguments(parser)
     parser.add_argument(
         "--allow-other-backbone",
         action="store_true",

@@ -47,6 +47,8 @@ class BackboneConfig:
       name: "jaxprompt-mini", a local directory, or a name on the Hugging Face hub.
       revision: of a hub name: branch, tag or commit; null = the newest.
       dtype, scan_unroll, remat, attention: as in `t5.config.Compute`.
+      quantize: "int8" or "int4": weights of a half or a quarter of bfloat16's size; "none" = float;
+        null = as they are stored.
       dropout: inside the backbone while training; the recipe's unless given.
     """
 
@@ -56,6 +58,7 @@ class BackboneConfig:
     scan_unroll: int = 0
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["auto", "plain", "chunked", "windowed"] = "auto"
+    quantize: Literal["none", "int8", "int4"] | None = None
     dropout: float | None = None
 
     def __post_init__(self):
@@ -67,6 +70,14 @@ class BackboneConfig:
     def compute(self) -> Compute:
         """The part that says how it is computed."""
         return Compute(self.dtype, self.scan_unroll, self.remat, self.attention)
+
+    def check_trainable(self, who: str) -> None:
+        """Raises: UserError if its weights are to be quantised: `who` would train them."""
+        if self.quantize in ("int8", "int4"):
+            raise UserError(
+                f"{who} trains the backbone's weights, and quantised ones cannot be trained: leave "
+                f"out backbone.quantize ({self.quantize})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +151,10 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    def __post_init__(self):
+        if self.tune == "model":
+            self.backbone.check_trainable("tune: model")
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
@@ -177,6 +192,7 @@ class PretrainConfig:
                 "`model` (sizes of a new backbone) and `tokenizer` (directory of its vocabulary) "
                 "go together: give both, or neither to start from `backbone.name`"
             )
+        self.backbone.check_trainable("pretraining")
 
 
 def load_config(

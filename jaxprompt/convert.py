@@ -14,8 +14,10 @@ from typing import Any
 
 from jaxprompt.arraystore import is_remote
 from jaxprompt.data.tokenizer import load_tokenizer
-from jaxprompt.t5.backbones import fingerprint, read_config, resolve_backbone
+from jaxprompt.quantize import check_kind
+from jaxprompt.t5.backbones import fingerprint, fingerprint_of, read_config, resolve_backbone
 from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.quantized import config_entry
 from jaxprompt.t5.t5x import newest_step
 from jaxprompt.t5.t5x_config import derive_config
 from jaxprompt.t5.weight_files import WeightFiles, open_weights
@@ -27,15 +29,18 @@ _SENTENCEPIECE = ".model"
 
 
 def main(args: argparse.Namespace) -> None:
-    """The command: `jaxprompt convert SOURCE OUT [--config F] [--tokenizer P] [--dtype D]`."""
-    told = convert_backbone(args.source, args.output, args.config, args.tokenizer, args.dtype)
+    """The command: `jaxprompt convert SOURCE OUT`, and what `arguments.convert_arguments` adds."""
+    told = convert_backbone(
+        args.source, args.output, args.config, args.tokenizer, args.dtype, args.quantize
+    )
     if args.json:
         print(json.dumps(told, ensure_ascii=False))
     else:
+        kind = "" if told["quantize"] == "none" else f"{told['quantize']} and "
         print(
             f"{told['output']}: {told['parameters']:,} parameters, {told['layers'][0]} + "
             f"{told['layers'][1]} layers, d_model {told['d_model']}, {told['num_heads']} heads of "
-            f"{told['d_kv']}, {told['dtype']}, fingerprint {told['fingerprint']}"
+            f"{told['d_kv']}, {kind}{told['dtype']}, fingerprint {told['fingerprint']}"
         )
 
 
@@ -45,6 +50,7 @@ def convert_backbone(
     config_file: str | None = None,
     tokenizer: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Writes a backbone in the Hugging Face layout, tensor by tensor, and says what it wrote.
 
@@ -54,8 +60,11 @@ def convert_backbone(
       config_file: a `config.json` in place of the source's own, or of what shapes say.
       tokenizer: a directory, or a SentencePiece file; None = the source's own, if it has one.
       dtype: "float32" or "bfloat16"; None = bfloat16 where the source's embedding table is.
+      quantize: "int8" or "int4" store matrices so, as `load_backbone` would make them, and the rest
+        in `dtype`; "none" = all in `dtype`; None = as the source is.
     Raises: UserError if the source is damaged or does not fit, or `output` cannot be written.
     """
+    check_kind(quantize)
     target = Path(output)
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"will not write over {target}: it is not empty; name a new directory")
@@ -67,11 +76,15 @@ def convert_backbone(
     else:
         config = derive_config(files)
     stored = embedding_table(files).dtype.name
+    kind = quantize or files.quantize
     dtype = dtype or (stored if stored == "bfloat16" else "float32")
     with _tokenizer_directory(tokenizer, directory) as vocabulary:
         if vocabulary is not None:
             _check_tokenizer(vocabulary, config)
-        convert_hf(target, files, config, vocabulary, dtype)
+        quantization = None
+        if kind != "none":
+            quantization = config_entry(kind, fingerprint_of(files, config))
+        convert_hf(target, files, config, vocabulary, dtype, quantization=quantization)
     if vocabulary is None:
         print(
             f"jaxprompt: {output} has no tokenizer, which a backbone needs: put its files there, "
@@ -86,6 +99,7 @@ def convert_backbone(
         "num_heads": config.num_heads,
         "d_kv": config.d_kv,
         "dtype": dtype,
+        "quantize": kind,
         "fingerprint": fingerprint(target, config),
     }
 

@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
     owners = prompts if args.prompt_field else [named] * len(prompts)
     tasks, splits = zip(*(_data(task_of(one, args.task), args) for one in owners), strict=True)
     source, split = tasks[0].open(splits[0]), splits[0]
-    backbone = backbone_of(named, args.backbone, args.dtype)
+    backbone = backbone_of(named, args.backbone, args.dtype, args.quantize)
     prompted = put_on(backbone, *prompts, allow_other=args.allow_other_backbone)
     encoders = [
         encoder_of(

@@ -119,17 +119,22 @@ def read_prompt(path: str) -> PromptArtifact | None:
 
 
 def backbone_of(
-    prompt: PromptArtifact | None, name: str | None = None, dtype: str = "float32"
+    prompt: PromptArtifact | None,
+    name: str | None = None,
+    dtype: str = "float32",
+    quantize: str | None = None,
 ) -> Backbone:
     """Loads a prompt's backbone, or the one called `name`.
 
+    Args:
+      dtype, quantize: as in `load_backbone`.
     Raises: UserError if neither says which, or as `load_backbone`.
     """
     chosen = name or ("" if prompt is None else prompt.backbone.name)
     if not chosen:
         who = "the bare backbone" if prompt is None else f"prompt {prompt.path}"
         raise UserError(f"{who} does not say which backbone to load; name it with --backbone")
-    return load_backbone(chosen, dtype=dtype)
+    return load_backbone(chosen, dtype=dtype, quantize=quantize)
 
 
 def task_of(prompt: PromptArtifact | None, name: str | None = None) -> Task:

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if args.generate:
         tasks = [with_candidates(task, ()) for task in tasks]
     named = next((prompt for prompt in prompts if prompt is not None), None)
-    backbone = backbone_of(named, args.backbone, args.dtype)
+    backbone = backbone_of(named, args.backbone, args.dtype, args.quantize)
     prompted = put_on(backbone, *prompts, allow_other=args.allow_other_backbone)
     streams, typed = args.input == "-", args.input == "-" and sys.stdin.isatty()
     encoders = [

@@ -146,7 +146,9 @@ def pretrain(config: PretrainConfig) -> Path:
 def _start(config: PretrainConfig) -> tuple[T5Config, Any, Tokenizer, Path]:
     """Architecture, float32 parameters, and the vocabulary with its directory."""
     if config.model is None:
-        backbone = load_backbone(config.backbone.name, revision=config.backbone.revision)
+        backbone = load_backbone(
+            config.backbone.name, revision=config.backbone.revision, quantize="none"
+        )
         return backbone.config, backbone.params, backbone.tokenizer, backbone.directory
     directory = Path(config.tokenizer)
     tokenizer = load_tokenizer(directory)

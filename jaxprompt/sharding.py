@@ -26,6 +26,7 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "prompt": None,
     "buckets": None,
+    "groups": None,
     "segments": None,
 }
 

@@ -125,6 +125,8 @@ def keep(
         "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
         "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
     }  # fmt: skip
+    if backbone.quantize != "none":
+        provenance["quantize"] = backbone.quantize
     values = {**first, **jax.device_get(trained["method"])}
     save_artifact(place, artifact_of(config, backbone, values, provenance))
 

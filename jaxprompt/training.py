@@ -132,6 +132,7 @@ def train_together(
         weights_over_data=shared.mesh.weights_over_data,
         compute=shared.backbone.compute(),
         param_dtype="float32" if shared.tune == "model" else None,
+        quantize="none" if shared.tune == "model" else shared.backbone.quantize,
     )
     trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
 
@@ -315,13 +316,15 @@ def _opening(
 ) -> str:
     tuning_model = trainees[0].config.tune == "model"
     frozen = "no frozen ones" if tuning_model else f"{count(backbone.params):,} frozen ones"
+    kind = "" if backbone.quantize == "none" else f", {backbone.quantize}"
+    name = f"{backbone.name}{kind}"
     start = "starting" if resumed is None else f"resuming at step {resumed:,}"
     prompts = f"{len(trainees)} prompts at once, " if len(trainees) > 1 else ""
     tasks = dict.fromkeys(
         f"task {one.task.config.name}, {len(one.source):,} examples" for one in trainees
     )
     return (
-        f"{start}: {prompts}{count(trained):,} trained parameters, {frozen} ({backbone.name}); "
+        f"{start}: {prompts}{count(trained):,} trained parameters, {frozen} ({name}); "
         f"{'; '.join(tasks)}, {max(one.total_steps for one in trainees):,} steps, output in "
         f"{directory}"
     )

@@ -38,8 +38,10 @@ def merge(graphdef: Any, *trees: dict) -> Any:
 
 
 def flatten(tree: ArrayTree) -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}, keys sorted as jax sorts them."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """Nested dict -> {"a/b/c": leaf}, keys sorted as jax sorts them; what is no dict is a leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: not isinstance(node, dict)
+    )
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
@@ -61,10 +63,16 @@ def map_with_path(function: Callable[[str, Any], Any], tree: ArrayTree) -> dict[
 
 
 def count(tree: ArrayTree) -> int:
-    """Number of scalars in all leaves."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Number of scalars in all leaves; a quantised array has those that it stands for."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def size_in_bytes(tree: ArrayTree) -> int:
-    """Bytes of all leaves (arrays or ShapeDtypeStructs)."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves (arrays or ShapeDtypeStructs); two int4 share one on a device."""
+
+    def size(leaf: Any) -> int:
+        count = math.prod(leaf.shape)
+        return -(-count // 2) if leaf.dtype.name == "int4" else count * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))

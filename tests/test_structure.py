@@ -17,7 +17,7 @@ HOUSE = [
     ["typing"],
     [
         *("allocator", "arraystore", "files", "hosts", "identity", "logging", "losses"),
-        *("metrics", "plots", "recipes", "schema", "sharding", "tensorfile", "trees"),
+        *("metrics", "plots", "quantize", "recipes", "schema", "sharding", "tensorfile", "trees"),
     ],
     ["prompts", "t5"],
     ["data", "model"],
@@ -85,6 +85,7 @@ DOORS = {
     "transformers": {"data/tokenizer.py"},
     "safetensors": {"tensorfile.py"},
     "tensorstore": {"arraystore.py"},
+    "qwix": {"quantize.py"},
 }
 FORBIDDEN = ("nnx.jit", "nnx.Optimizer", "nnx.DiffState", "jax._src", "pickle")
 NEVER_IMPORTED = ("tensorflow", "torch")

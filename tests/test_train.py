@@ -96,7 +96,10 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def bytes_of(tree: Any) -> dict[str, bytes]:
-    return {path: np.asarray(leaf).tobytes() for path, leaf in trees.flatten(tree).items()}
+    def joined(leaf: Any) -> bytes:
+        return b"".join(np.asarray(part).tobytes() for part in jax.tree.leaves(leaf))
+
+    return {path: joined(leaf) for path, leaf in trees.flatten(tree).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,6 +368,30 @@ def test_a_prompt_over_a_bfloat16_backbone_is_float32(world: World, tmp_path: Pa
     _, arrays, _ = saved_state(tmp_path / "run")
     floats = {a.dtype.name for name, a in arrays.items() if a.dtype.kind not in "iu"}
     assert floats == {"float32"}
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_prompt_over_a_quantised_backbone(world: World, tmp_path: Path, seen: Seen, kind: str):
+    directory, options = tmp_path / "run", [f"backbone.quantize={kind}", "train.eval_every=2"]
+    train(world.load(directory, *options, "train.steps=2"))
+    train(world.load(directory, *options, "train.steps=4"))
+    whole = tmp_path / "whole"
+    train(world.load(whole, *options, "train.steps=4"))
+    assert prompt_bytes(directory / "prompt") == prompt_bytes(whole / "prompt")
+    loop, before = seen.loops[0], seen.before[0]
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(loop.frozen)}
+    assert dtypes == {kind, "int8", "float32"} and bytes_of(loop.frozen) == before
+    artifact = load_artifact(directory / "best")
+    assert artifact.training["quantize"] == kind
+    float_backbone = load_backbone(str(world.root / "backbone"))
+    assert artifact.backbone.fingerprint == float_backbone.fingerprint
+    floats = tmp_path / "floats"
+    train(world.load(floats, "train.eval_every=2", "train.steps=4"))
+    assert "quantize" not in load_artifact(floats / "best").training
+    np.testing.assert_allclose(
+        losses(whole), losses(floats), rtol={"int8": 0.02, "int4": 0.3}[kind]
+    )
+    assert losses(whole) != losses(floats)
 
 
 def test_a_prompt_starts_from_another(world: World, done: Done, tmp_path: Path, seen: Seen):

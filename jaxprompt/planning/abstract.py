@@ -81,8 +81,9 @@ def own_bytes(tree: ArrayTree) -> int:
 
 def _weights(config: RunConfig, t5: T5Config, mesh: Mesh) -> ArrayTree:
     dtype = "float32" if config.tune == "model" else config.backbone.dtype
-    shardings = tree_shardings(mesh, param_specs(t5), config.mesh.weights_over_data)
-    return jax.tree.map(_placed, shardings, abstract_params(t5, dtype))
+    kind = config.backbone.quantize or "none"
+    shardings = tree_shardings(mesh, param_specs(t5, kind), config.mesh.weights_over_data)
+    return jax.tree.map(_placed, shardings, abstract_params(t5, dtype, kind))
 
 
 def _placed(where: Any, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -55,6 +55,7 @@ DIMENSIONS: dict[str, Callable[[Topology], Sequence[Any]]] = {
     "backbone.scan_unroll": lambda topology: (0, 2),
 }
 _GROWS, _LAST = "train.accumulate", "backbone.scan_unroll"
+_SMALLER: Settings = {"backbone.quantize": "int8"}  # changes results: tried where nothing else fits
 
 
 def search(
@@ -68,7 +69,8 @@ def search(
     """Compiles the promising settings, cheapest exchanges first.
 
     Weights that fill a chip by themselves are not compiled. Microbatches get smaller only where a
-    step does not fit, and then at once by as much as it lacks.
+    step does not fit, and then at once by as much as it lacks. Where nothing fits, all is tried
+    again with int8 weights.
 
     Args:
       config_with: the run's config under some settings.
@@ -94,12 +96,16 @@ def search(
         say(f"{len(tried)}: {' '.join(overrides(settings))}: {_line(found)}")
         return found
 
-    for settings in _product(values):
-        reason = _hopeless(config_with, topology, settings)
-        if reason:
-            skipped.append((settings, reason))
-            continue
-        _shrink_until_it_fits(compiled, settings, values[_GROWS])
+    for smaller in ({}, _SMALLER):
+        for settings in _product(values):
+            settings = {**settings, **smaller}
+            reason = _hopeless(config_with, topology, settings)
+            if reason:
+                skipped.append((settings, reason))
+                continue
+            _shrink_until_it_fits(compiled, settings, values[_GROWS])
+        if any(one.estimate.fits for one in tried) or _SMALLER.keys() & values.keys():
+            break
     best = _ranked(tried)[:1]
     for value in values[_LAST][1:]:
         if best and best[0].estimate.fits:

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxprompt.quantize import einsum
 from jaxprompt.t5.layers import dropout
 from jaxprompt.typing import Array
 
@@ -70,7 +71,7 @@ def relative_bias(
 
 def project(kernel_DHK: Array, x_BSD: Array) -> Array:
     """Queries, keys or values of all heads: [B, S, D] -> [B, S, H, K]."""
-    return jnp.einsum("bsd,dhk->bshk", x_BSD, kernel_DHK)
+    return einsum("bsd,dhk->bshk", x_BSD, kernel_DHK)
 
 
 def attend(
@@ -102,7 +103,7 @@ def attend(
 
 def project_out(kernel_HKD: Array, context_BTHK: Array) -> Array:
     """[B, T, H, K] -> [B, T, D]."""
-    return jnp.einsum("bthk,hkd->btd", context_BTHK, kernel_HKD)
+    return einsum("bthk,hkd->btd", context_BTHK, kernel_HKD)
 
 
 def segment_mask(query_segments_BT: Array, key_segments_BS: Array) -> Array:

@@ -6,13 +6,15 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.known import known_backbones, known_config
-from jaxprompt.t5.weight_files import choose_files, open_weights
+from jaxprompt.t5.quantized import read_entry
+from jaxprompt.t5.weight_files import WeightFiles, choose_files, open_weights
 from jaxprompt.t5.weights import TOKENIZER_FILES, embedding_is_output, match
 from jaxprompt.typing import UserError
 
@@ -58,11 +60,15 @@ def read_config(directory: Path) -> T5Config:
 
     Whether the output layer is the embedding table is read off the weights: since transformers 5,
     `tie_word_embeddings` in a config.json is no longer about that.
-    Raises: UserError if config.json is missing or malformed, or for damaged weights.
+    Raises: UserError if config.json is missing or malformed, for damaged weights, or for weights
+      that another program quantised.
     """
-    config = _stated_config(Path(directory) / "config.json")
-    tied = embedding_is_output(open_weights(directory))
-    return dataclasses.replace(config, tie_word_embeddings=tied)
+    path = Path(directory) / "config.json"
+    raw = _read_json(path)
+    config = T5Config.from_hf(raw, str(path))
+    files = open_weights(directory)
+    read_entry(raw, files.quantize, path)
+    return dataclasses.replace(config, tie_word_embeddings=embedding_is_output(files))
 
 
 def planned_config(name: str, revision: str | None = None) -> T5Config:
@@ -100,15 +106,22 @@ def fingerprint(directory: Path, config: T5Config | None = None) -> str:
     Of each tensor 64 evenly spaced values count, in our layout and order, so that the same weights
     in any format agree; rounded to bfloat16, so that a bfloat16 copy has its original's fingerprint
     (a float16 copy may not). Values between the samples are not seen: fine-tuning changes the
-    fingerprint, changing a few rows of the vocabulary may not.
+    fingerprint, changing a few rows of the vocabulary may not. Quantised weights have that of the
+    float ones they were made of, which config.json tells.
 
     Args:
       directory: holds config.json and weights.
       config: if it is already read.
     Raises: UserError if the weights are damaged or do not fit the architecture.
     """
-    config = config or read_config(directory)
-    files = open_weights(directory)
+    return fingerprint_of(open_weights(directory), config or read_config(directory))
+
+
+def fingerprint_of(files: WeightFiles, config: T5Config) -> str:
+    """`fingerprint` of opened weights."""
+    if files.quantize != "none":
+        path = Path(files.path).parent / "config.json"
+        return read_entry(_read_json(path), files.quantize, path)
     architecture = {
         key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IDENTITY
     }
@@ -124,13 +137,16 @@ def fingerprint(directory: Path, config: T5Config | None = None) -> str:
 
 
 def _stated_config(path: Path) -> T5Config:
+    return T5Config.from_hf(_read_json(path), str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no config.json, so it is not a backbone") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    return T5Config.from_hf(raw, str(path))
 
 
 def _downloaded_config(name: str, revision: str | None) -> Path:

@@ -4,10 +4,12 @@ Weights are loaded, sharded, initialised and checked against `param_specs`: it a
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxprompt.quantize import einsum, make, scale_shape
 from jaxprompt.t5.config import T5Config
 from jaxprompt.typing import Array, ArrayTree
 
@@ -21,35 +23,62 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, the logical name of each axis, and the scale of its random init.
+    """One parameter, or the codes or scales of a quantised one.
 
-    `stddev` None means ones (norm scales).
+    Attributes:
+      shape: its sizes.
+      axes: the logical name of each axis.
+      stddev: scale of its random init; None = ones (norm scales).
+      inputs: axes that products with it sum over; () = it is no matrix, and stays float.
+      dtype: if it is not for whoever loads it to choose.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     stddev: float | None
+    inputs: tuple[int, ...] = ()
+    dtype: str | None = None
 
 
-def param_specs(config: T5Config) -> dict:
+def param_specs(config: T5Config, quantize: str = "none") -> dict:
     """Nested dict of ParamSpec, T5X's words, layers stacked on a leading axis.
 
     Standard deviations follow Mesh TensorFlow's T5; the untied output layer has d_model**-0.5 (not
     transformers' 1), which starts the loss near ln(V).
+
+    Args:
+      quantize: "int8" or "int4": matrices are QArrays of ParamSpecs. With "int4" the embedding
+        table and the output layer are int8: each of their rows or columns is one word's alone.
     """
     tree = {
         "token_embedder": {
-            "embedding": ParamSpec((config.vocab_size, config.d_model), ("vocab", "embed"), 1.0)
+            "embedding": ParamSpec(
+                (config.vocab_size, config.d_model), ("vocab", "embed"), 1.0, inputs=(1,)
+            )
         },
         "encoder": _stack_specs(config, config.num_layers, decoder=False),
         "decoder": _stack_specs(config, config.num_decoder_layers, decoder=True),
     }
     if not config.tie_word_embeddings:
         kernel = ParamSpec(
-            (config.d_model, config.vocab_size), ("embed", "vocab"), config.d_model**-0.5
-        )
+            (config.d_model, config.vocab_size), ("embed", "vocab"), config.d_model**-0.5,
+            inputs=(0,),
+        )  # fmt: skip
         tree["decoder"]["logits_dense"] = {"kernel": kernel}
-    return tree
+    if quantize == "none":
+        return tree
+    return jax.tree.map(lambda spec: _quantized(spec, quantize), tree, is_leaf=_is_spec)
+
+
+def _quantized(spec: ParamSpec, quantize: str) -> Any:
+    """A QArray of the specs of its codes and its scales, if it is a matrix."""
+    if not spec.inputs:
+        return spec
+    dtype = quantize if "layers" in spec.axes else "int8"
+    axes = tuple("groups" if n in spec.inputs else name for n, name in enumerate(spec.axes))
+    shape = scale_shape(spec.shape, spec.inputs, dtype)
+    scale = ParamSpec(shape, axes, spec.stddev, dtype="float32")
+    return make(dataclasses.replace(spec, dtype=dtype), scale)
 
 
 def _stack_specs(config: T5Config, layers: int, *, decoder: bool) -> dict:
@@ -57,14 +86,14 @@ def _stack_specs(config: T5Config, layers: int, *, decoder: bool) -> dict:
     scale = ParamSpec((layers, d), ("layers", "embed"), None)
 
     def projection(stddev: float) -> dict:
-        return {
-            "kernel": ParamSpec((layers, d, heads, kv), ("layers", "embed", "heads", "kv"), stddev)
-        }
+        axes = ("layers", "embed", "heads", "kv")
+        return {"kernel": ParamSpec((layers, d, heads, kv), axes, stddev, inputs=(1,))}
 
     def attention() -> dict:
         out = ParamSpec(
-            (layers, heads, kv, d), ("layers", "heads", "kv", "embed"), (heads * kv) ** -0.5
-        )
+            (layers, heads, kv, d), ("layers", "heads", "kv", "embed"), (heads * kv) ** -0.5,
+            inputs=(1, 2),
+        )  # fmt: skip
         return {
             "query": projection((d * kv) ** -0.5),
             "key": projection(d**-0.5),
@@ -72,11 +101,13 @@ def _stack_specs(config: T5Config, layers: int, *, decoder: bool) -> dict:
             "out": {"kernel": out},
         }
 
-    wi = {"kernel": ParamSpec((layers, d, config.d_ff), ("layers", "embed", "mlp"), d**-0.5)}
-    mlp = {"wi_0": wi, "wi_1": dict(wi)} if config.gated else {"wi": wi}
-    mlp["wo"] = {
-        "kernel": ParamSpec((layers, config.d_ff, d), ("layers", "mlp", "embed"), config.d_ff**-0.5)
-    }
+    def dense(inputs: str, outputs: str) -> dict:
+        sizes = {"embed": d, "mlp": config.d_ff}
+        shape, axes = (layers, sizes[inputs], sizes[outputs]), ("layers", inputs, outputs)
+        return {"kernel": ParamSpec(shape, axes, sizes[inputs] ** -0.5, inputs=(1,))}
+
+    mlp = {name: dense("embed", "mlp") for name in (("wi_0", "wi_1") if config.gated else ("wi",))}
+    mlp["wo"] = dense("mlp", "embed")
     block: dict = {"mlp": mlp, "pre_mlp_layer_norm": {"scale": scale}}
     if decoder:
         block["self_attention"] = attention()
@@ -111,11 +142,16 @@ def init_params(config: T5Config, key: Array, dtype: str = "float32") -> dict:
     return treedef.unflatten([draw(spec, key) for spec, key in zip(specs, keys, strict=True)])
 
 
-def abstract_params(config: T5Config, dtype: str = "float32") -> dict:
-    """The tree as ShapeDtypeStructs: all that planning and loading need to know."""
+def abstract_params(config: T5Config, dtype: str = "float32", quantize: str = "none") -> dict:
+    """The tree as ShapeDtypeStructs: all that planning and loading need to know.
+
+    Args:
+      dtype: of what is not quantised.
+      quantize: as in `param_specs`.
+    """
     return jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)),
-        param_specs(config),
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype)),
+        param_specs(config, quantize),
         is_leaf=_is_spec,
     )
 
@@ -163,10 +199,14 @@ def mlp(
     """Feed-forward block, gated (T5 1.1: `wi_0` activated times `wi_1`) or plain (`wi`)."""
     act = ACTIVATIONS[activation]
     if "wi" in params:
-        hidden = act(x_BSD @ params["wi"]["kernel"])
+        hidden = act(_dense(params["wi"], x_BSD))
     else:
-        hidden = act(x_BSD @ params["wi_0"]["kernel"]) * (x_BSD @ params["wi_1"]["kernel"])
-    return dropout(hidden, rate, key) @ params["wo"]["kernel"]
+        hidden = act(_dense(params["wi_0"], x_BSD)) * _dense(params["wi_1"], x_BSD)
+    return _dense(params["wo"], dropout(hidden, rate, key))
+
+
+def _dense(params: ArrayTree, x: Array) -> Array:
+    return einsum("...i,io->...o", x, params["kernel"])
 
 
 def place_slots(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxprompt.quantize import einsum, is_quantized, take
 from jaxprompt.sharding import constrain
 from jaxprompt.t5.attention import (
     attend,
@@ -38,7 +39,7 @@ class T5(nnx.Module):
 
     Args:
       config: the architecture.
-      params: nested dict as `param_specs` describes it (arrays or abstract).
+      params: nested dict as `param_specs` describes it (arrays or abstract), quantised or not.
       compute: dtype, unrolling, rematerialisation.
     """
 
@@ -48,10 +49,15 @@ class T5(nnx.Module):
         self.params = _Room(params, param_specs(config))
 
     def tree(self) -> dict:
-        """The parameters as a plain nested dict, in the compute dtype (a no-op when frozen)."""
+        """The parameters as a plain nested dict, in the compute dtype (a no-op when frozen).
+
+        Quantised ones stay what they are; products give the dtype of the activations.
+        """
         dtype = self.compute.dtype
         return jax.tree.map(
-            lambda leaf: leaf.astype(dtype), nnx.to_pure_dict(nnx.state(self.params))
+            lambda leaf: leaf if is_quantized(leaf) else leaf.astype(dtype),
+            nnx.to_pure_dict(nnx.state(self.params)),
+            is_leaf=is_quantized,
         )
 
 
@@ -69,7 +75,7 @@ class _Room(nnx.Module):
 
 def embed_tokens(params: ArrayTree, ids: Array, compute: Compute) -> Array:
     """int32 [...] -> [..., D] in the compute dtype."""
-    return params["token_embedder"]["embedding"][ids].astype(compute.dtype)
+    return take(params["token_embedder"]["embedding"], ids, compute.dtype)
 
 
 def encode(
@@ -242,14 +248,10 @@ def logits(params: ArrayTree, config: T5Config, hidden: Array) -> Array:
     if config.scale_decoder_outputs:
         hidden = hidden * config.d_model**-0.5
     if config.tie_word_embeddings:
-        kernel = params["token_embedder"]["embedding"]
-        return jnp.einsum(
-            "...d,vd->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        table = params["token_embedder"]["embedding"]
+        return einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     kernel = params["decoder"]["logits_dense"]["kernel"]
-    return jnp.einsum(
-        "...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    return einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def encode_batch(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxprompt.t5.msgpack_file import read_msgpack
+from jaxprompt.t5.quantized import QuantizedTensor, join
 from jaxprompt.t5.t5x import open_t5x
 from jaxprompt.t5.torch_bin import read_torch_bin
 from jaxprompt.t5.weight_names import Layout
@@ -42,6 +43,7 @@ FORMATS = (
     Format("model.safetensors", "model-*.safetensors", read_safetensors, Layout.TORCH),
     Format("pytorch_model.bin", "pytorch_model-*.bin", read_torch_bin, Layout.TORCH),
     Format("flax_model.msgpack", "flax_model-*.msgpack", read_msgpack, Layout.FLAX),
+    Format("quantized.safetensors", "quantized-*.safetensors", read_safetensors, Layout.T5X),
 )
 
 
@@ -52,6 +54,13 @@ class WeightFiles:
     path: Path | str
     layout: Layout
     tensors: dict[str, StoredTensor]
+
+    @property
+    def quantize(self) -> str:
+        """How they are quantised: "none", "int8" or "int4" (where some are int8 too)."""
+        stored = self.tensors.values()
+        kinds = {tensor.kind for tensor in stored if isinstance(tensor, QuantizedTensor)}
+        return min(kinds, default="none")
 
 
 def choose_files(names: Iterable[str]) -> tuple[Format, str] | None:
@@ -81,7 +90,7 @@ def open_weights(directory: Path | str) -> WeightFiles:
     format_, file = chosen
     path = folder / file
     tensors = format_.read(path) if file == format_.file else _open_shards(path, format_)
-    return WeightFiles(path, format_.layout, tensors)
+    return WeightFiles(path, format_.layout, join(tensors, path))
 
 
 def name_some(names: Iterable[str]) -> str:

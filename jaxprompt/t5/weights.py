@@ -5,11 +5,10 @@ or it stops and names them.
 """
 
 import collections
-import functools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.files import replacing_directory, writing
-from jaxprompt.sharding import put_whole, read_sharding
+from jaxprompt.quantize import is_quantized
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params
+from jaxprompt.t5.placing import place
+from jaxprompt.t5.quantized import Piece, quantized_piece
 from jaxprompt.t5.weight_files import WeightFiles, name_some, open_weights
 from jaxprompt.t5.weight_names import Layout, Weight, spell, weight_table
 from jaxprompt.tensorfile import StoredTensor, write_safetensors
@@ -103,6 +104,8 @@ def embedding_table(files: WeightFiles) -> StoredTensor:
 
 def embedding_is_output(files: WeightFiles) -> bool:
     """Whether the embedding table makes the logits: no output layer is stored, or an equal one."""
+    if files.quantize != "none":  # written with an output layer only where it is one of its own
+        return T5X_HEAD not in files.tensors
     copies = _embedding_copies(dict(files.tensors), files.layout, tied=True)
     if not copies or copies[-1][0] != _HEAD_NAMES[files.layout]:
         return True
@@ -114,6 +117,7 @@ def load_params(
     config: T5Config,
     *,
     dtype: str = "float32",
+    quantize: str = "none",
     shardings: ArrayTree | None = None,
     host_bytes: int = HOST_BYTES,
 ) -> dict:
@@ -121,14 +125,18 @@ def load_params(
 
     Files stay memory-mapped; the host holds one block of rows (layers) at a time in the target
     dtype and layout: at most `host_bytes`, or one layer's tensor if that is larger. Each process
-    reads the bytes of its own shards only, and of what several hold its part (`read_sharding`). Of
-    T5X, whose arrays are compressed, whole tensors are read, one at a time.
+    reads the bytes of its own shards only, and of what several hold its part
+    (`sharding.read_sharding`). Of T5X, whose arrays are compressed, whole tensors are read, one at
+    a time. What is quantised on the way is quantised on the host, a layer's tensor at a time; its
+    scales take all inputs, so a process reads all rows of its columns.
 
     Args:
       directory: holds safetensors, torch .bin or Flax msgpack weights, single or sharded, or is a
         T5X checkpoint.
       config: what the weights must fit.
-      dtype: of the arrays.
+      dtype: of the arrays that are not quantised.
+      quantize: "int8" or "int4": matrices become QArrays (see `quantize`); of a directory whose
+        weights are quantised so, they are what is stored there.
       shardings: a tree like `param_specs` with a sharding for each; None = the first device.
       host_bytes: bound on the copy that the host makes.
     Returns: nested dict of arrays as `t5.layers.param_specs` describes it.
@@ -137,14 +145,13 @@ def load_params(
     files = open_weights(directory)
     matched = match(files, config)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        sharding = alone if shardings is None else flatten(shardings)[path]
-        reading = read_sharding(sharding, leaf.shape)
-        placed = _place(_filler(matched[path], files.layout), leaf, reading, host_bytes)
-        return placed if reading is sharding else put_whole(placed, sharding)
-
-    return map_with_path(place, abstract_params(config, dtype))
+    places = {} if shardings is None else flatten(shardings)
+    return map_with_path(
+        lambda path, leaf: place(
+            matched[path], files.layout, leaf, places.get(path, alone), host_bytes
+        ),
+        abstract_params(config, dtype, quantize),
+    )
 
 
 def read_embedding(directory: Path, config: T5Config) -> np.ndarray:
@@ -169,7 +176,7 @@ def save_hf(
 
     Args:
       directory: takes the place of whatever is there.
-      params: nested dict of arrays as `load_params` gives it.
+      params: nested dict of arrays as `load_params` gives it, not quantised.
       config: goes into config.json.
       tokenizer_dir: its tokenizer files are copied.
       dtype: of the stored tensors, "float32" or "bfloat16".
@@ -184,7 +191,8 @@ def save_hf(
         array = leaf if weight.layer is None else _take_row(leaf, weight.layer)
         return weight.theirs(np.asarray(array))
 
-    _write_hf(directory, config, fetch, tokenizer_dir, dtype, shard_bytes)
+    told = config.to_hf() | {"dtype": dtype}
+    _write_hf(directory, told, _torch_pieces(config, fetch, dtype), tokenizer_dir, shard_bytes)
 
 
 def convert_hf(
@@ -194,9 +202,12 @@ def convert_hf(
     tokenizer_dir: Path | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """`save_hf` straight from stored weights of any format, tensor by tensor; no device is used.
 
+    Args:
+      quantization: of `quantized.config_entry`: matrices are written as it says, under T5X's names.
     Raises: UserError if files are damaged or do not fit the architecture, or the disk is full.
     """
     stored = {
@@ -204,35 +215,62 @@ def convert_hf(
     }
 
     def fetch(weight: Weight) -> np.ndarray:
-        return weight.theirs(weight.ours(stored[weight.name].read(), files.layout))
+        return weight.ours(stored[weight.name].read(), files.layout)
 
-    _write_hf(directory, config, fetch, tokenizer_dir, dtype, shard_bytes)
+    told = config.to_hf() | {"dtype": dtype}
+    if quantization is None:
+        pieces = _torch_pieces(config, lambda weight: weight.theirs(fetch(weight)), dtype)
+    else:
+        told["quantization_config"] = dict(quantization)
+        leaves = flatten(abstract_params(config, dtype, quantization["quantize"]))
+        pieces = [
+            quantized_piece(weight, stored[weight.name], files.layout, leaves[weight.path])
+            for weight in weight_table(config)
+        ]
+    _write_hf(directory, told, pieces, tokenizer_dir, shard_bytes)
+
+
+def _torch_pieces(
+    config: T5Config, fetch: Callable[[Weight], np.ndarray], dtype: str
+) -> list[Piece]:
+    """Every weight under torch's name; `fetch` gives it in torch's layout."""
+    kind = jnp.dtype(dtype)
+
+    def piece(weight: Weight) -> Piece:
+        size = math.prod(weight.shape) * kind.itemsize
+        return Piece(
+            {weight.name: size}, lambda: {weight.name: np.ascontiguousarray(fetch(weight), kind)}
+        )
+
+    return [piece(weight) for weight in weight_table(config)]
 
 
 def _write_hf(
     directory: Path,
-    config: T5Config,
-    fetch: Callable[[Weight], np.ndarray],
+    config_json: Mapping[str, Any],
+    pieces: list[Piece],
     tokenizer_dir: Path | None,
-    dtype: str,
     shard_bytes: int,
 ) -> None:
-    table, kind = weight_table(config), jnp.dtype(dtype)
-    shards = _cut(table, kind.itemsize, shard_bytes)
+    stem = "quantized" if "quantization_config" in config_json else "model"
+    shards = _cut(stem, pieces, shard_bytes)
     with replacing_directory(directory) as temporary, writing(directory):
-        _write_json(temporary / "config.json", config.to_hf() | {"dtype": dtype})
+        _write_json(temporary / "config.json", config_json)
         for name in TOKENIZER_FILES:
             if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
                 shutil.copy2(Path(tokenizer_dir) / name, temporary / name)
-        for file, weights in shards.items():
-            tensors = {w.name: np.ascontiguousarray(fetch(w), kind) for w in weights}
+        for file, inside in shards.items():
+            tensors = {name: array for piece in inside for name, array in piece.make().items()}
             write_safetensors(temporary / file, tensors)
             del tensors  # before the next are there
         if len(shards) > 1:
-            total = sum(math.prod(weight.shape) for weight in table) * kind.itemsize
-            places = {weight.name: file for file, weights in shards.items() for weight in weights}
+            places = {
+                name: file for file, inside in shards.items() for piece in inside
+                for name in piece.sizes
+            }  # fmt: skip
+            total = sum(piece.size for piece in pieces)
             index = {"metadata": {"total_size": total}, "weight_map": places}
-            _write_json(temporary / "model.safetensors.index.json", index)
+            _write_json(temporary / f"{stem}.safetensors.index.json", index)
 
 
 def _embedding_copies(
@@ -268,66 +306,6 @@ def _equal(first: StoredTensor, second: StoredTensor) -> bool:
     return all(np.array_equal(one[at : at + rows], other[at : at + rows]) for at in starts)
 
 
-def _filler(
-    sources: list[tuple[Weight, StoredTensor]], layout: Layout
-) -> Callable[[np.ndarray, tuple[slice, ...]], None]:
-    """A function that writes one part of a parameter into a block, cast to the block's dtype."""
-    if sources[0][0].layer is None:
-        whole = sources[0][0].ours(sources[0][1].read(), layout)
-
-        def fill(block: np.ndarray, index: tuple[slice, ...]) -> None:
-            block[...] = whole[index]
-    else:
-
-        def fill(block: np.ndarray, index: tuple[slice, ...]) -> None:
-            layers, *rest = index
-            for row, (weight, stored) in zip(block, sources[layers], strict=True):
-                row[...] = weight.ours(stored.read(), layout)[tuple(rest)]
-
-    return fill
-
-
-def _place(
-    fill: Callable[[np.ndarray, tuple[slice, ...]], None],
-    leaf: jax.ShapeDtypeStruct,
-    sharding: jax.sharding.Sharding,
-    host_bytes: int,
-) -> jax.Array:
-    """Builds one (sharded) array: each distinct shard block by block, each on all its devices."""
-    holders = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        parts = zip(index or (), leaf.shape, strict=True)
-        holders[tuple(part.indices(size)[:2] for part, size in parts)].append(device)
-    shards = []
-    for spans, devices in holders.items():
-        (start, stop), *rest = spans
-        shape = tuple(high - low for low, high in spans)
-        row_bytes = math.prod(shape[1:]) * leaf.dtype.itemsize
-        rows = min(max(1, host_bytes // max(1, row_bytes)), stop - start)
-        whole = rows == stop - start
-        zeros = functools.partial(jnp.zeros, shape, leaf.dtype)
-        buffers = [] if whole else [zeros(device=device) for device in devices]
-        # after the buffers: only when it is called again does jax let go of the block before this
-        host = np.empty((rows, *shape[1:]), leaf.dtype)
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            block = host[: last - first]
-            fill(block, (slice(first, last), *(slice(*span) for span in rest)))
-            if whole:
-                buffers = [jax.device_put(block, device) for device in devices]
-            else:
-                buffers = [_put_rows(buffer, block, first - start) for buffer in buffers]
-            # transfers are asynchronous, and the block is written again
-            jax.block_until_ready(buffers)
-        shards += buffers
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_rows(buffer: jax.Array, block: Any, first: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer, block, first, axis=0)
-
-
 @jax.jit
 def _take_row(stacked: jax.Array, row: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, row, axis=0, keepdims=False)
@@ -336,6 +314,10 @@ def _take_row(stacked: jax.Array, row: Any) -> jax.Array:
 def _checked(params: ArrayTree, config: T5Config) -> dict[str, Any]:
     """The parameters by path, after seeing that the config describes exactly these."""
     flat = flatten(params)
+    if any(is_quantized(leaf) for leaf in flat.values()):
+        raise UserError(
+            "quantised parameters are not saved; `jaxprompt convert --quantize` does it"
+        )
     wanted = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
     given = {path: leaf.shape for path, leaf in flat.items()}
     differing = sorted(
@@ -346,22 +328,21 @@ def _checked(params: ArrayTree, config: T5Config) -> dict[str, Any]:
     return flat
 
 
-def _cut(table: list[Weight], itemsize: int, shard_bytes: int) -> dict[str, list[Weight]]:
-    """File name -> its tensors; runs of at most `shard_bytes`, or one tensor if that is larger."""
-    shards: list[list[Weight]] = [[]]
+def _cut(stem: str, pieces: list[Piece], shard_bytes: int) -> dict[str, list[Piece]]:
+    """File name -> its pieces; runs of at most `shard_bytes`, or one piece if that is larger."""
+    shards: list[list[Piece]] = [[]]
     filled = 0
-    for weight in table:
-        size = math.prod(weight.shape) * itemsize
-        if shards[-1] and filled + size > shard_bytes:
+    for piece in pieces:
+        if shards[-1] and filled + piece.size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(weight)
-        filled += size
+        shards[-1].append(piece)
+        filled += piece.size
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {f"{stem}.safetensors": shards[0]}
     count = len(shards)
-    return {f"model-{n:05}-of-{count:05}.safetensors": shard for n, shard in enumerate(shards, 1)}
+    return {f"{stem}-{n:05}-of-{count:05}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
