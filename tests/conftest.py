@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,3 +31,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_programs() -> Iterator[None]:
+    """A file's compiled programs go with it: each takes pieces of the memory map, which are 65,530."""
+    yield
+    jax.clear_caches()
