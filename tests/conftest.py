@@ -35,6 +35,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def fresh_programs() -> Iterator[None]:
-    """A file's compiled programs go with it: each takes pieces of the memory map, which are 65,530."""
+    """A file's compiled programs go with it: their pieces of the memory map are counted."""
     yield
     jax.clear_caches()

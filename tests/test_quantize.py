@@ -11,12 +11,12 @@ import pytest
 import qwix
 import searches
 import tiny
-from jaxprs import equations
 from quantized_params import as_floats, quantized
 
 from jaxprompt import quantize, sharding, trees
 from jaxprompt.losses import cross_entropy
 from jaxprompt.model import PromptedT5
+from jaxprompt.planning.flops import equations
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5.config import Compute, T5Config
