@@ -11,7 +11,7 @@ from jaxprompt.typing import UserError
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots")
 ATTENTION_PATHS = ("auto", "plain", "chunked", "windowed")
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprompt.t5.config import T5Config
+from jaxprompt.t5.remat import keep
 from jaxprompt.typing import Array, ArrayTree
 
 ACTIVATIONS = {
@@ -162,10 +163,12 @@ def mlp(
 ) -> Array:
     """Feed-forward block, gated (T5 1.1: `wi_0` activated times `wi_1`) or plain (`wi`)."""
     act = ACTIVATIONS[activation]
-    if "wi" in params:
-        hidden = act(x_BSD @ params["wi"]["kernel"])
-    else:
-        hidden = act(x_BSD @ params["wi_0"]["kernel"]) * (x_BSD @ params["wi_1"]["kernel"])
+    wide = {
+        name: keep(x_BSD @ params[name]["kernel"], name)
+        for name in ("wi", "wi_0", "wi_1")
+        if name in params
+    }
+    hidden = act(wide["wi"]) if "wi" in wide else act(wide["wi_0"]) * wide["wi_1"]
     return dropout(hidden, rate, key) @ params["wo"]["kernel"]
 
 
