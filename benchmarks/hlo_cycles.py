@@ -16,7 +16,7 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
-_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r" compare\((.*?)\), direction=LT")
 _KINDS = {  # part of an instruction's path, the first that is there; einsums show their letters
     "bthk,bshk->bhts/dot_general": "scores",

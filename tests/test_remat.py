@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxprs import equations, matmul_flops
 from benchmarks.common import Shapes, make_step, random_batch
 from benchmarks.flops import step_terms
 from jaxprompt.t5.config import REMAT_POLICIES, Compute, T5Config
+from jaxprompt.t5.remat import crosses_at_once
 
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=5, num_decoder_layers=3)
 SHAPES = Shapes(rows=2, tokens=6, slots=3, targets=4)
@@ -114,22 +116,35 @@ def test_only_what_activation_gradients_need_is_kept():
 
 
 @functools.cache
-def step_result(remat: str) -> Any:
-    """Loss, gradient norm and the prompt after a step of SGD."""
+def step_result(remat: str, platform: str = "cpu") -> Any:
+    """Loss, gradient norm and the prompt after a step of SGD, as it is computed on `platform`."""
     draw = np.random.default_rng(4)
     compute = Compute(scan_unroll=1, remat=remat, attention="chunked")
     step = make_step(
         CONFIG, compute, random_batch(CONFIG, SHAPES), params=tiny.make_params(CONFIG),
         prompt_PD=draw.normal(size=(SHAPES.slots, D)).astype(np.float32), optimizer=optax.sgd(1.0),
     )  # fmt: skip
-    state, metrics = jax.jit(step.run)(step.state, step.frozen, step.batch)
+    with mock.patch.object(Compute, "platform", platform):
+        state, metrics = jax.jit(step.run)(step.state, step.frozen, step.batch)
     return jax.tree.map(np.asarray, (state.trained, metrics))
+
+
+def assert_same(got: Any, want: Any) -> None:
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6), got, want)
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_policies_change_no_result(remat: str):
-    jax.tree.map(
-        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6),
-        step_result(remat),
-        step_result("none"),
-    )
+    assert_same(step_result(remat), step_result("none"))
+
+
+def test_keys_and_values_of_all_layers_at_once_change_no_result():
+    assert_same(step_result("frozen", "tpu"), step_result("none"))
+
+
+def test_keys_and_values_are_made_at_once_where_they_are_kept():
+    platform = mock.patch.object(Compute, "platform", "tpu")
+    with platform:
+        kept_anyway = [remat for remat in REMAT_POLICIES if crosses_at_once(Compute(remat=remat))]
+    assert kept_anyway == ["none", "frozen", "frozen_attention", "dots"]
+    assert not crosses_at_once(Compute(remat="frozen"))

@@ -29,7 +29,7 @@ from jaxprompt.t5.layers import (
     rms_norm,
 )
 from jaxprompt.t5.paths import Path, choose
-from jaxprompt.t5.remat import keep, rematerialised
+from jaxprompt.t5.remat import crosses_at_once, keep, rematerialised
 from jaxprompt.t5.sight import Sight
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
@@ -118,7 +118,7 @@ def encode(
         layer,
         embeds_BSD,
         stack["layers"],
-        prefix,
+        _pair(prefix),
         config.num_layers,
         compute,
         dropout_rate,
@@ -156,13 +156,13 @@ def decode(
 
     def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, None]:
         p, prefixes, key = scanned
-        self_QPHK, cross_QPHK = prefixes if prefixes is not None else (None, None)
+        self_QPHK, cross_QPHK, crossed = prefixes
         keys = _layer_keys(key, 6)
         query, key_, value = self_projections(p, config, x_BTD)
         if self_QPHK is not None:
             key_, value = with_prefix(self_QPHK, index_BG, key_, value)
         self_over = (key_, value, _layer_bias(self_path, p, shared_bias))
-        key_, value = cross_projections(p, encoded_BSD)
+        key_, value = crossed or cross_projections(p, encoded_BSD)
         if cross_QPHK is not None:
             key_, value = with_prefix(cross_QPHK, index_BG, key_, value)
         cross_over = (key_, value, None)
@@ -172,12 +172,14 @@ def decode(
         )  # fmt: skip
         return x_BTD, None
 
-    prefixes = None if self_prefix is None and cross_prefix is None else (self_prefix, cross_prefix)
+    crossed = None
+    if crosses_at_once(compute):
+        crossed = jax.vmap(cross_projections, (0, None))(stack["layers"], encoded_BSD)
     x_BTD = _run_stack(
         layer,
         embeds_BTD,
         stack["layers"],
-        prefixes,
+        (_pair(self_prefix), _pair(cross_prefix), crossed),
         config.num_decoder_layers,
         compute,
         dropout_rate,
@@ -317,6 +319,10 @@ def _mlp_block(p: ArrayTree, config: T5Config, x: Array, rate: float, keys: tupl
     return x + dropout(mlp(p["mlp"], h, config.activation, rate, keys[0]), rate, keys[1])
 
 
+def _pair(prefix: KeysValues | None) -> tuple[Array, Array] | None:
+    return None if prefix is None else (prefix.keys, prefix.values)
+
+
 def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout_key):
     """Scans `layer` over stacked parameters, prefixes and dropout keys."""
 
@@ -328,11 +334,6 @@ def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout
     if dropout_rate and dropout_key is not None:
         folded = fold_key(dropout_key, 0)
         keys = jax.vmap(functools.partial(fold_key, folded))(jnp.arange(count))
-    prefixes = jax.tree.map(
-        lambda leaf: (leaf.keys, leaf.values),
-        prefixes,
-        is_leaf=lambda leaf: isinstance(leaf, KeysValues),
-    )
     unroll = layers_unrolled(compute, count)
     laid_out = rematerialised(laid_out, compute, looped=unroll < count)
     x, _ = jax.lax.scan(laid_out, x, (layers, prefixes, keys), unroll=unroll)
