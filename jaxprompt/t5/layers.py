@@ -5,6 +5,7 @@ Weights are loaded, sharded, initialised and checked against `param_specs`: it a
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,7 @@ def mlp(
     params: ArrayTree, x_BSD: Array, activation: str, rate: float = 0.0, key: Array | None = None
 ) -> Array:
     """Feed-forward block, gated (T5 1.1: `wi_0` activated times `wi_1`) or plain (`wi`)."""
+    hidden: Any  # a type checker does not see through custom_vjp
     if "wi" in params:
         hidden = ACTIVATIONS[activation](keep(x_BSD @ params["wi"]["kernel"], "wi"))
     else:
