@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.common import SIZES, Shapes, Step, make_step, random_batch, size_config, table
 from jaxprompt import sharding
@@ -72,31 +73,53 @@ def batch_of(config: T5Config, rows: Rows, slots: int) -> Batch:
     return dataclasses.replace(batch, prompt_index_BG=index, example_index_BG=index)
 
 
-def compile_for(
-    topology: str, model: int, config: T5Config, step: Step, quantize: str = "none"
-) -> jax.stages.Compiled:
-    """Compiles for `model` chips of the topology that share one copy of the weights."""
+def chips(topology: str, data: int, model: int) -> Mesh:
+    """A mesh of the topology's chips, none of which is here."""
     from jax.experimental import topologies
 
     one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_chip)
-    mesh = sharding.make_mesh(1, model, described.devices)
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return sharding.make_mesh(data, model, described.devices)
 
-    def placed(leaf: Any, where: Any = whole) -> jax.ShapeDtypeStruct:
+
+def compile_for(
+    mesh: Mesh,
+    config: T5Config,
+    step: Step,
+    weights_over_data: bool = False,
+    quantize: str = "none",
+) -> jax.stages.Compiled:
+    """Compiles with the arguments laid out as training lays them out."""
+
+    def placed(leaf: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    shardings: ArrayTree = sharding.tree_shardings(mesh, param_specs(config, quantize))
+    specs = param_specs(config, quantize)
+    shardings: ArrayTree = sharding.tree_shardings(mesh, specs, weights_over_data)
     frozen = jax.tree.unflatten(
         jax.tree.structure(step.frozen),
-        jax.tree.map(placed, jax.tree.leaves(step.frozen), jax.tree.leaves(shardings)),
+        [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            for leaf, where in zip(
+                jax.tree.leaves(step.frozen), jax.tree.leaves(shardings), strict=True
+            )
+        ],
     )
-    state, batch = jax.tree.map(placed, (step.state, step.batch))
+    state = jax.tree.map(placed, step.state)
+    batch = jax.tree.map(lambda leaf: placed(leaf, "data"), step.batch)
     return jax.jit(step.run, donate_argnums=0).lower(state, frozen, batch).compile()
 
 
+def chip_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Of one chip: temporaries, and all that the program holds at once."""
+    told = compiled.memory_analysis()
+    held = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    return told.temp_size_in_bytes, held + told.temp_size_in_bytes
+
+
 def kind_table(found: list[Op]) -> str:
-    """A Markdown table of `hlo_cycles.by_kind`."""
+    """A Markdown table of `planning.program.by_kind`."""
     cycles, whole = by_kind(found), total_cycles(found)
     passes = ["forward", "recomputed", "backward", ""]
     rows = []
@@ -114,14 +137,17 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--data", type=int, default=1, help="groups of chips with other rows")
     parser.add_argument("--model", type=int, default=1, help="chips that share the weights")
+    parser.add_argument("--weights-over-data", action="store_true")
+    parser.add_argument("--layers", type=int, help="of each stack, to try things out")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--real", type=int, default=256, help="positions of an example, with slots")
     parser.add_argument("--slots", type=int, default=100)
     parser.add_argument("--padded", type=int, default=612, help="row length of an example alone")
     parser.add_argument("--row", type=int, default=1024, help="row length of packed examples")
     parser.add_argument("--targets", type=int, default=8, help="of one example")
-    parser.add_argument("--remat", choices=REMAT_POLICIES, default="full")
+    parser.add_argument("--remat", nargs="+", choices=REMAT_POLICIES, default=["full"])
     parser.add_argument("--quantize", choices=KINDS, default="none")
     parser.add_argument(
         "--attention", nargs="+", choices=ATTENTION_PATHS, default=["plain", "chunked"]
@@ -133,40 +159,52 @@ def main() -> None:
     os.environ.update(PLATFORM)
 
     config = size_config(args.size)
+    if args.layers:
+        config = dataclasses.replace(config, num_layers=args.layers, num_decoder_layers=args.layers)
+    mesh = chips(args.topology, args.data, args.model)
     weights = "bfloat16" if args.quantize == "none" else f"bfloat16, {args.quantize} weights"
-    print(f"T5 1.1 {args.size}, {weights}, remat {args.remat}, {args.topology}, model {args.model}")
+    print(
+        f"T5 1.1 {args.size}, {weights}, {args.topology}, data {args.data} x model {args.model}"
+        + args.weights_over_data * ", weights over data"
+    )
     lines, costs = [], []
-    for rows in layouts(args.examples, args.real, args.padded, args.row, args.targets):
-        if rows.name not in args.layout:
-            continue
-        for attention in args.attention:
-            compute = Compute("bfloat16", scan_unroll=1, remat=args.remat, attention=attention)
-            step = make_step(
-                config, compute, batch_of(config, rows, args.slots), quantize=args.quantize
-            )
-            start = time.perf_counter()
-            compiled = compile_for(args.topology, args.model, config, step, args.quantize)
-            found = ops(compiled.as_text())
-            cycles = total_cycles(found)
-            least = minimal_step_flops(config, rows.rows, rows.encoder, rows.targets)
-            share = least / args.model / FLOPS_A_CYCLE / cycles
-            lines.append(
-                [
-                    f"{rows.name} {rows.rows} x {rows.encoder}",
-                    attention,
-                    f"{cycles / 1e6:.1f}",
-                    f"{cycles / args.examples / 1e6:.2f}",
-                    f"{100 * share:.0f} %",
-                    f"{compiled.memory_analysis().temp_size_in_bytes / GIB:.2f}",
-                    str(sum(op.times for op in found if op.kernel)),
-                    f"{time.perf_counter() - start:.0f}",
-                ]
-            )
-            costs.append((f"{rows.name}, {attention}", found))
-            print(lines[-1], file=sys.stderr)
+    variants = [
+        (rows, remat, attention)
+        for rows in layouts(args.examples, args.real, args.padded, args.row, args.targets)
+        for remat in args.remat
+        for attention in args.attention
+        if rows.name in args.layout
+    ]
+    for rows, remat, attention in variants:
+        compute = Compute("bfloat16", 1, remat, attention, mesh)
+        batch = batch_of(config, rows, args.slots)
+        step = make_step(config, compute, batch, quantize=args.quantize)
+        start = time.perf_counter()
+        compiled = compile_for(mesh, config, step, args.weights_over_data, args.quantize)
+        found = ops(compiled.as_text())
+        cycles = total_cycles(found)
+        least = minimal_step_flops(config, rows.rows, rows.encoder, rows.targets) / mesh.size
+        temporaries, held = chip_bytes(compiled)
+        title = f"{rows.name} {rows.rows} x {rows.encoder}, {remat}, {attention}"
+        lines.append(
+            [
+                f"{rows.name} {rows.rows} x {rows.encoder}",
+                remat,
+                attention,
+                f"{cycles / 1e6:.1f}",
+                f"{cycles * mesh.size / args.examples / 1e6:.2f}",
+                f"{100 * least / FLOPS_A_CYCLE / cycles:.1f} %",
+                f"{temporaries / GIB:.2f}",
+                f"{held / GIB:.2f}",
+                str(sum(op.times for op in found if op.kernel)),
+                f"{time.perf_counter() - start:.0f}",
+            ]
+        )
+        costs.append((title, found))
+        print(lines[-1], file=sys.stderr)
     head = [
-        "rows", "attention", "M cycles", "M cycles an example", "minimum / cycles",
-        "temporaries GiB", "kernels", "compile s",
+        "rows", "remat", "attention", "M cycles a chip", "of all chips an example",
+        "minimum / cycles", "temporaries GiB", "all GiB a chip", "kernels", "compile s",
     ]  # fmt: skip
     print(table(head, lines))
     for title, found in costs:

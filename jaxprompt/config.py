@@ -56,7 +56,7 @@ class BackboneConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int = 0
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots"] = "none"
     attention: Literal["auto", "plain", "chunked", "windowed"] = "auto"
     quantize: Literal["none", "int8", "int4"] | None = None
     dropout: float | None = None

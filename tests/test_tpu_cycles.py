@@ -87,6 +87,12 @@ def test_a_steps_cycles_are_sorted_by_kind_and_pass():
     ]  # fmt: skip
 
 
+def test_loops_that_count_without_sign_are_read():
+    """Those that overlap a matmul with an exchange."""
+    unsigned = HLO.replace("%twelve = s32[]", "%twelve = u32[]")
+    assert unsigned != HLO and total_cycles(ops(unsigned)) == total_cycles(ops(HLO))
+
+
 def test_kernels_are_named_though_nothing_is_estimated():
     calls = [op for op in ops(HLO) if op.kernel]
     assert [(op.name, op.cycles, op.times, op.estimated) for op in calls] == [

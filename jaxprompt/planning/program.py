@@ -19,7 +19,7 @@ _CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
 _INSIDE = re.compile(r" (?!async-done|async-update)[\w\-]+\(.* calls=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _KERNEL = 'custom_call_target="tpu_custom_call"'
-_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r" compare\((.*?)\), direction=LT")
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(

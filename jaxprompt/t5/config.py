@@ -11,7 +11,7 @@ from jaxprompt.typing import UserError
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots")
 ATTENTION_PATHS = ("auto", "plain", "chunked", "windowed")
 
 
@@ -162,8 +162,10 @@ class Compute:
         float32 always.
       scan_unroll: layers per scan iteration; 0 = all of them on CPU without remat, 1 elsewhere
         (compile time) and where a decoder generates.
-      remat: what the backward pass recomputes: "none", "full" (everything but layer inputs) or
-        "dots" (matmul results without batch dimensions are kept).
+      remat: what the backward pass recomputes: "none", "frozen" (no matmul by a weight: what the
+        gradients of activations read is kept), "frozen_mlp" (kept is the MLP's part of that),
+        "frozen_attention" (attention's part), "full" (everything but layer inputs) or "dots"
+        (matmul results without batch dimensions are kept).
       attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and
         computes them again in the backward pass, so that memory is linear in the row's length,
         "windowed" those of some queries and only the keys that their segments span; "auto" takes

@@ -30,6 +30,7 @@ from jaxprompt.t5.layers import (
     rms_norm,
 )
 from jaxprompt.t5.paths import Path, choose
+from jaxprompt.t5.remat import crosses_at_once, keep, rematerialised
 from jaxprompt.t5.sight import Sight
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
@@ -109,21 +110,21 @@ def encode(
         keys = _layer_keys(key, 4)
         h = rms_norm(p["pre_attention_layer_norm"]["scale"], x_BSD, config.layer_norm_epsilon)
         query, key_, value = (
-            project(p["attention"][n]["kernel"], h) for n in ("query", "key", "value")
+            keep(project(p["attention"][n]["kernel"], h), n) for n in ("query", "key", "value")
         )
         if prefix_QPHK is not None:
             key_, value = with_prefix(prefix_QPHK, index_BG, key_, value)
         bias = _layer_bias(path, p, shared_bias)
         context = path(query, key_, value, bias, dropout_rate, keys[0])
         attended = project_out(p["attention"]["out"]["kernel"], context)
-        x_BSD = x_BSD + dropout(attended, dropout_rate, keys[1])
+        x_BSD = keep(x_BSD + dropout(attended, dropout_rate, keys[1]), "residual")
         return _mlp_block(p, config, x_BSD, dropout_rate, keys[2:]), None
 
     x_BSD = _run_stack(
         layer,
         embeds_BSD,
         stack["layers"],
-        prefix,
+        _pair(prefix),
         config.num_layers,
         compute,
         dropout_rate,
@@ -161,13 +162,13 @@ def decode(
 
     def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, None]:
         p, prefixes, key = scanned
-        self_QPHK, cross_QPHK = prefixes if prefixes is not None else (None, None)
+        self_QPHK, cross_QPHK, crossed = prefixes
         keys = _layer_keys(key, 6)
         query, key_, value = self_projections(p, config, x_BTD)
         if self_QPHK is not None:
             key_, value = with_prefix(self_QPHK, index_BG, key_, value)
         self_over = (key_, value, _layer_bias(self_path, p, shared_bias))
-        key_, value = cross_projections(p, encoded_BSD)
+        key_, value = crossed or cross_projections(p, encoded_BSD)
         if cross_QPHK is not None:
             key_, value = with_prefix(cross_QPHK, index_BG, key_, value)
         cross_over = (key_, value, None)
@@ -177,12 +178,14 @@ def decode(
         )  # fmt: skip
         return x_BTD, None
 
-    prefixes = None if self_prefix is None and cross_prefix is None else (self_prefix, cross_prefix)
+    crossed = None
+    if crosses_at_once(compute):
+        crossed = jax.vmap(cross_projections, (0, None))(stack["layers"], encoded_BSD)
     x_BTD = _run_stack(
         layer,
         embeds_BTD,
         stack["layers"],
-        prefixes,
+        (_pair(self_prefix), _pair(cross_prefix), crossed),
         config.num_decoder_layers,
         compute,
         dropout_rate,
@@ -196,14 +199,18 @@ def self_projections(p: ArrayTree, config: T5Config, x_BTD: Array) -> tuple[Arra
     """Queries, keys and values [B, T, H, K] of a decoder layer's self-attention."""
     h = rms_norm(p["pre_self_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
     kernels = p["self_attention"]
-    query, key, value = (project(kernels[name]["kernel"], h) for name in ("query", "key", "value"))
+    query, key, value = (
+        keep(project(kernels[name]["kernel"], h), name) for name in ("query", "key", "value")
+    )
     return query, key, value
 
 
 def cross_projections(p: ArrayTree, encoded_BSD: Array) -> tuple[Array, Array]:
     """Keys and values [B, S, H, K] of a decoder layer's cross-attention."""
     kernels = p["encoder_decoder_attention"]
-    key, value = (project(kernels[name]["kernel"], encoded_BSD) for name in ("key", "value"))
+    key, value = (
+        keep(project(kernels[name]["kernel"], encoded_BSD), name) for name in ("key", "value")
+    )
     return key, value
 
 
@@ -231,15 +238,15 @@ def decoder_layer(
     self_attend, cross_attend = attends
     context = self_attend(query_BTHK, *self_over, dropout_rate, keys[0])
     attended = project_out(p["self_attention"]["out"]["kernel"], context)
-    x_BTD = x_BTD + dropout(attended, dropout_rate, keys[1])
+    x_BTD = keep(x_BTD + dropout(attended, dropout_rate, keys[1]), "residual")
     h = rms_norm(p["pre_cross_attention_layer_norm"]["scale"], x_BTD, config.layer_norm_epsilon)
     kernels = p["encoder_decoder_attention"]
-    query = project(kernels["query"]["kernel"], h)
+    query = keep(project(kernels["query"]["kernel"], h), "query")
     # an example's rows stand side by side in T, so that its keys and values need no repetition
     folded = query.reshape(cross_over[0].shape[0], -1, *query.shape[2:])
     context = cross_attend(folded, *cross_over, dropout_rate, keys[2]).reshape(query.shape)
     attended = project_out(kernels["out"]["kernel"], context)
-    x_BTD = x_BTD + dropout(attended, dropout_rate, keys[3])
+    x_BTD = keep(x_BTD + dropout(attended, dropout_rate, keys[3]), "residual")
     return _mlp_block(p, config, x_BTD, dropout_rate, keys[4:])
 
 
@@ -314,6 +321,10 @@ def _mlp_block(p: ArrayTree, config: T5Config, x: Array, rate: float, keys: tupl
     return x + dropout(mlp(p["mlp"], h, config.activation, rate, keys[0]), rate, keys[1])
 
 
+def _pair(prefix: KeysValues | None) -> tuple[Array, Array] | None:
+    return None if prefix is None else (prefix.keys, prefix.values)
+
+
 def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout_key):
     """Scans `layer` over stacked parameters, prefixes and dropout keys."""
 
@@ -325,20 +336,9 @@ def _run_stack(layer, x, layers, prefixes, count, compute, dropout_rate, dropout
     if dropout_rate and dropout_key is not None:
         folded = fold_key(dropout_key, 0)
         keys = jax.vmap(functools.partial(fold_key, folded))(jnp.arange(count))
-    prefixes = jax.tree.map(
-        lambda leaf: (leaf.keys, leaf.values),
-        prefixes,
-        is_leaf=lambda leaf: isinstance(leaf, KeysValues),
-    )
-    if compute.remat == "full":
-        laid_out = jax.checkpoint(laid_out)
-    elif compute.remat == "dots":
-        laid_out = jax.checkpoint(
-            laid_out, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        )
-    x, _ = jax.lax.scan(
-        laid_out, x, (layers, prefixes, keys), unroll=layers_unrolled(compute, count)
-    )
+    unroll = layers_unrolled(compute, count)
+    laid_out = rematerialised(laid_out, compute, looped=unroll < count)
+    x, _ = jax.lax.scan(laid_out, x, (layers, prefixes, keys), unroll=unroll)
     return x
 
 

@@ -1,0 +1,61 @@
+"""What a layer's backward pass keeps and what it computes again, knowing that weights are frozen.
+
+A frozen weight has no gradient, so the input of its matmul is needed by nobody: neither the result
+of attention nor the MLP's hidden units, which take up most of what JAX would keep. `t5.model` marks
+what the gradients of activations do need (`keep`) and wraps its layers (`rematerialised`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxprompt.t5.config import Compute
+from jaxprompt.typing import Array
+
+_ATTENTION = ("query", "key", "value")  # gradients of scores and of context, each by the other
+_MLP = ("wi", "wi_0", "wi_1")  # what the activation's gradients read or are multiplied by
+_NORMS = ("residual",)  # what the norms behind attention read; the first reads the layer's input
+
+KEPT = {
+    "frozen": (*_NORMS, *_ATTENTION, *_MLP),
+    "frozen_mlp": (*_NORMS, *_MLP),
+    "frozen_attention": (*_NORMS, *_ATTENTION),
+}
+
+
+def keep(x: Array, name: str) -> Array:
+    """`x` [B, S, ...], under a name that policies know; changes nothing by itself."""
+    flat = checkpoint_name(x.reshape(*x.shape[:2], -1), name)
+    return flat.reshape(x.shape)
+
+
+def rematerialised(layer: Callable[..., Any], compute: Compute, looped: bool) -> Callable[..., Any]:
+    """A layer whose backward pass keeps what `compute.remat` says.
+
+    Args:
+      layer: (x, scanned) -> (x, None), its parts marked with `keep`.
+      looped: forward and backward pass run as loops over layers. The compiler cannot undo
+        rematerialisation across two loops, and is not held back from fusing a weight's slice into
+        the matmul that reads it.
+    """
+    if compute.remat == "none":
+        return layer
+    policy = None
+    if compute.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    elif compute.remat in KEPT:
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[compute.remat])
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not looped)
+
+
+def crosses_at_once(compute: Compute) -> bool:
+    """Whether keys and values of all cross-attentions are made in one matmul before the decoder.
+
+    Where they are kept anyway, this adds up the gradient of the encoder's output inside a matmul,
+    not layer by layer in memory. On CPU it would copy the weights into another order first; on GPU
+    nothing was measured.
+    """
+    kept = KEPT.get(compute.remat, ("key",) if compute.remat != "full" else ())
+    return compute.platform == "tpu" and "key" in kept
