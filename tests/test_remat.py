@@ -14,10 +14,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jaxprs import equations, matmul_flops
 
 from benchmarks.common import Shapes, make_step, random_batch
-from jaxprompt.planning.flops import step_terms
+from jaxprompt.planning.flops import equations, matmul_flops, step_terms
 from jaxprompt.t5.config import REMAT_POLICIES, Compute, T5Config
 from jaxprompt.t5.remat import crosses_at_once
 
