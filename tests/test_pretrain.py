@@ -141,11 +141,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """The next run ends like one that is killed, in the middle of a step."""
     taken, put = [], pretrain_module.shard_batch
 
-    def interrupted(mesh: Any, batch: Any) -> Any:
+    def interrupted(mesh: Any, batch: Any, **options: bool) -> Any:
         taken.append(1)
         if len(taken) > steps:
             raise KeyboardInterrupt
-        return put(mesh, batch)
+        return put(mesh, batch, **options)
 
     monkeypatch.setattr(pretrain_module, "shard_batch", interrupted)
 
