@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.config import RunConfig, dump, load_config
+from jaxprompt.config import RunConfig, dump
 from jaxprompt.files import write_file
 from jaxprompt.logging import table
 from jaxprompt.planning.chips import CHIPS, GIB, Topology, open_topologies
 from jaxprompt.planning.estimate import Estimate, estimate
 from jaxprompt.planning.search import Tried, overrides, search
+from jaxprompt.sweep_config import load_sweep
 from jaxprompt.typing import UserError
 
 ASSUMPTIONS = (
@@ -39,19 +40,37 @@ def main(args: argparse.Namespace) -> None:
     for option, given in (("--output", args.output), ("--try", args.also)):
         if given and not args.search:
             raise UserError(f"{option} belongs to --search, which looks for settings")
-    config = load_config(args.config, typed)
+    config, prompts = first_bank(args.config, typed)
     topologies = open_topologies(names)
     if args.search:
-        _search(args, typed, topologies[0])
+        _search(args, typed, topologies[0], prompts)
         return
     estimates = []
     for number, topology in enumerate(topologies, start=1):
         _say(f"compiling for {topology.name} ({number} of {len(topologies)})")
-        estimates.append(estimate(config, topology))
+        estimates.append(estimate(config, topology, prompts))
         if args.json:
             print(json.dumps(told(config, estimates[-1])), flush=True)
     if not args.json:
         print(_details(config, estimates[0]) if len(estimates) == 1 else _summary(estimates))
+
+
+def first_bank(name: str, typed: Sequence[str]) -> tuple[RunConfig, int]:
+    """The config of a run, and how many prompts its steps train; of a sweep its first bank.
+
+    Of a bank whose prompts have different rows (tasks, lengths), the first and its like count: the
+    others take passes of their own.
+    """
+    runs = load_sweep(name, typed).runs
+    first = runs[0].config
+    together = runs[: first.train.at_once or len(runs)]
+    alike = [
+        run
+        for run in together
+        if (run.config.task, run.config.data, run.config.layout, run.config.method.length)
+        == (first.task, first.data, first.layout, first.method.length)
+    ]
+    return first, len(alike)
 
 
 def told(config: RunConfig, found: Estimate) -> dict[str, Any]:
@@ -165,14 +184,18 @@ def _assumed(estimates: Sequence[Estimate]) -> list[str]:
     return ["examples/s assume", *(f"- {line}" for line in ASSUMPTIONS), ""]
 
 
-def _search(args: argparse.Namespace, typed: Sequence[str], topology: Topology) -> None:
+def _search(
+    args: argparse.Namespace, typed: Sequence[str], topology: Topology, prompts: int
+) -> None:
     """The ranking, what was left out, the winner as a config."""
+    if args.output and prompts > 1:
+        raise UserError("--output writes one run's config, and this is a sweep: leave it out")
 
     def config_with(settings: Mapping[str, Any]) -> RunConfig:
-        return load_config(args.config, [*typed, *overrides(settings)])
+        return first_bank(args.config, [*typed, *overrides(settings)])[0]
 
     asked = dict(_values(text) for text in args.also)
-    found = search(config_with, topology, limit=args.limit, asked=asked, say=_say)
+    found = search(config_with, topology, prompts=prompts, limit=args.limit, asked=asked, say=_say)
     if args.json:
         for one in found.ranking:
             own = told(config_with(one.settings), one.estimate)

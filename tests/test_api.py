@@ -177,7 +177,7 @@ def test_load_prompt(directory: Path, backbone: Backbone, prompt: PromptArtifact
         (lambda b, p: jp.generate(b, p, TEXTS, max_new_tokens=0), "max_new_tokens is 0"),
         (
             lambda b, p: jp.score(b, dataclasses.replace(p, method={"name": "x"}), TEXTS),
-            "is 'x'; there are soft",
+            "'x' is not known; there are soft",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from jaxprompt.config import (
 from jaxprompt.data.tasks import load_task
 from jaxprompt.recipes import RECIPES
 from jaxprompt.sweep_config import load_sweep
+from jaxprompt.t5.known import known_config
 from jaxprompt.typing import UserError
 
 MINIMAL = "output_dir: runs/x\ntask: sst2\n"
@@ -56,6 +57,15 @@ def test_a_sweep_that_ships_reads_and_each_run_s_dump_repeats_it(tmp_path, name)
     assert len(plan.runs) == SWEEPS[name]
     for run in plan.runs:
         assert load_config(write(tmp_path, dump(run.config))) == run.config
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large", "xl", "xxl"])
+def test_the_paper_s_runs_divide_over_the_chips_they_are_for(size: str):
+    run = load_sweep(f"paper/{size}").runs[0].config
+    t5 = known_config(run.backbone.name)
+    assert t5 is not None and run.mesh.data * run.mesh.model in (4, 16)
+    assert not any(n % run.mesh.model for n in (t5.num_heads, t5.d_ff, t5.vocab_size))
+    assert run.data.batch_size * run.train.at_once % run.mesh.data == 0
 
 
 def test_there_are_configs_to_read():

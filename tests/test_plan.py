@@ -56,6 +56,21 @@ def dots(text: str) -> list[str]:
     return sorted(re.findall(r"= (\S+?)(?:\{[\d,]*\})? dot\(", text))
 
 
+def test_of_a_sweep_the_first_bank_is_planned(world: World, capsys: pytest.CaptureFixture[str]):
+    """Three prompts side by side: three times the rows, the matmuls and what is trained."""
+    words = [world.config, "--topology", "cpu:1"]
+    (one,) = planned(capsys, *words)
+    (three,) = planned(capsys, *words, "sweep={seed: [0, 1, 2]}")
+    (two,) = planned(capsys, *words, "sweep={seed: [0, 1], method.length: [4, 3]}")
+    (single,) = planned(capsys, *words, "sweep={seed: [0, 1, 2]}", "train.at_once=1")
+    assert three["shape"]["rows"] == 3 * one["shape"]["rows"]
+    assert three["shape"]["examples"] == 3 * one["shape"]["examples"]
+    assert three["minimum"] == 3 * one["minimum"] and three["flops"] == 3 * one["flops"]
+    assert three["state"] > 2 * one["state"] and three["weights"] == one["weights"]
+    assert two["shape"]["rows"] == 2 * one["shape"]["rows"]  # other lengths take another pass
+    assert single["shape"] == one["shape"]
+
+
 @pytest.mark.parametrize("overrides", [["mesh.data=1"], ["mesh.data=2"], ["tune=model"]])
 def test_the_plan_compiles_the_step_that_training_compiles(
     overrides: list[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,9 +43,13 @@ class AbstractStep:
     batch: Batch
 
 
-def abstract_step(config: RunConfig, t5: T5Config, mesh: Mesh, shape: StepShape) -> AbstractStep:
+def abstract_step(
+    config: RunConfig, t5: T5Config, mesh: Mesh, shape: StepShape, prompts: int = 1
+) -> AbstractStep:
     """The step that `jaxprompt train` compiles for a config, on a mesh.
 
+    Args:
+      prompts: trained at once, all with this config.
     Raises: UserError for sizes that do not divide over the mesh.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -53,9 +57,11 @@ def abstract_step(config: RunConfig, t5: T5Config, mesh: Mesh, shape: StepShape)
     compute = dataclasses.replace(config.backbone.compute(), mesh=mesh)
     params = _weights(config, t5, mesh)
     values = jax.tree.map(placed, _method_values(config, t5))
-    graphdef, trained, frozen = taken_apart([config], T5(t5, params, compute), [values])
-    optimizers = [make_optimizer(config.optim, total_steps(config, 0))]
-    init = functools.partial(init_state, optimizers=optimizers, seeds=[config.seed])
+    graphdef, trained, frozen = taken_apart(
+        [config] * prompts, T5(t5, params, compute), [values] * prompts
+    )
+    optimizers = [make_optimizer(config.optim, total_steps(config, 0))] * prompts
+    init = functools.partial(init_state, optimizers=optimizers, seeds=range(prompts))
     state = jax.tree.map(placed, jax.eval_shape(init, trained))
     batch = _batch(mesh, shape)
     step = CompiledStep(graphdef, optimizers)

@@ -87,9 +87,11 @@ class Estimate:
         return self.shape.examples / likely, self.shape.examples / best
 
 
-def estimate(config: RunConfig, topology: Topology) -> Estimate:
+def estimate(config: RunConfig, topology: Topology, prompts: int = 1) -> Estimate:
     """Compiles the training step of a run for a topology and reads what it needs.
 
+    Args:
+      prompts: trained at once, all with this config.
     Raises: UserError for a backbone whose sizes are not known, a mesh that leaves devices idle, or
       sizes that do not divide over it.
     """
@@ -101,8 +103,8 @@ def estimate(config: RunConfig, topology: Topology) -> Estimate:
             f"mesh.data {mesh.shape['data']} x mesh.model {mesh.shape['model']} uses {mesh.size} "
             f"of the {len(devices)} devices of {topology.name}; mesh.data=-1 takes all"
         )
-    shape = step_shape(config, t5, mesh.shape["data"])
-    step = abstract_step(config, t5, mesh, shape)
+    shape = step_shape(config, t5, mesh.shape["data"], prompts)
+    step = abstract_step(config, t5, mesh, shape, prompts)
     return read_step(config, t5, topology, shape, step)
 
 

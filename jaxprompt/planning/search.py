@@ -62,6 +62,7 @@ def search(
     config_with: Callable[[Settings], RunConfig],
     topology: Topology,
     *,
+    prompts: int = 1,
     limit: int,
     asked: Mapping[str, Sequence[Any]],
     say: Callable[[str], None],
@@ -74,6 +75,7 @@ def search(
 
     Args:
       config_with: the run's config under some settings.
+      prompts: trained at once, all with that config.
       limit: compilations at most.
       asked: other values of `DIMENSIONS`, or of other config keys, which are tried as well.
       say: takes a line on each compilation.
@@ -88,7 +90,7 @@ def search(
             skipped.append((settings, f"after {limit} compilations"))
             return None
         try:
-            found = estimate(config_with(settings), topology)
+            found = estimate(config_with(settings), topology, prompts)
         except UserError as error:
             skipped.append((settings, str(error)))
             return None

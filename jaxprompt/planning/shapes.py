@@ -33,11 +33,12 @@ class StepShape:
     note: str = ""
 
 
-def step_shape(config: RunConfig, t5: T5Config, data_devices: int) -> StepShape:
+def step_shape(config: RunConfig, t5: T5Config, data_devices: int, prompts: int = 1) -> StepShape:
     """The batch of a step, with as many empty rows as training adds.
 
     Args:
       data_devices: along the mesh's `data`.
+      prompts: trained at once, each with rows of its own.
     Raises: UserError for rows that do not divide into `train.accumulate` parts.
     """
     if not config.data.packing:
@@ -47,9 +48,11 @@ def step_shape(config: RunConfig, t5: T5Config, data_devices: int) -> StepShape:
     rows = math.ceil(shapes.batch_size / multiple) * multiple
     if rows > shapes.batch_size:
         note += f", {rows - shapes.batch_size} of them empty so that they divide"
+    if prompts > 1:
+        note += f"; rows for {prompts} prompts"
     return StepShape(
-        rows, shapes.input_buckets[-1], shapes.target_buckets[-1], shapes.max_segments,
-        config.data.batch_size, note,
+        prompts * rows, shapes.input_buckets[-1], shapes.target_buckets[-1], shapes.max_segments,
+        prompts * config.data.batch_size, note,
     )  # fmt: skip
 
 
