@@ -60,7 +60,9 @@ class CompiledStep:
                 raise
             if self._count > 1:
                 _check_fits(compiled, self._count)
-            self._programs[key] = compiled
+            # jax 0.10 refuses 4-bit arguments of what was compiled ahead; its jit takes them
+            ahead = not any(str(leaf.dtype) == "int4" for leaf in jax.tree.leaves(frozen))
+            self._programs[key] = compiled if ahead else functools.partial(program, part.kind)
         return self._programs[key](state, frozen, batch)
 
 

@@ -261,23 +261,6 @@ class TestEveryMethod:
         for path, grad in trees.flatten(grads).items():
             assert np.abs(grad).max() > 1e-6, path
 
-    def test_packed_rows_of_a_bank_equal_each_prompt_alone(self, case: str):
-        methods = [make(case, seed) for seed in (0, 1)]
-        examples = [examples_of(case, 3, seed=n, prompt=n) for n in (0, 1)]
-        first, second = examples
-        rows = [[first[0], second[0], first[1]], [second[1], first[2], second[2]]]
-        both = tiny.make_batch(rows, 36, 16, 3)
-        both_BG, bank_grads = losses(PromptBank(methods), both)
-        for number, method in enumerate(methods):
-            alone = [dataclasses.replace(example, prompt=0) for example in examples[number]]
-            batch = tiny.make_batch([[example] for example in alone], 14, 6, 1)
-            loss_BG, grads = losses(method, batch)
-            found = both_BG[np.asarray(both.prompt_index_BG) == number]
-            np.testing.assert_allclose(found, loss_BG[:, 0], atol=1e-5, rtol=1e-5)
-            own = trees.flatten(bank_grads["prompts"][f"{number:04d}"])
-            for path, grad in trees.flatten(grads).items():
-                np.testing.assert_allclose(own[path], grad, atol=2e-5, rtol=2e-4, err_msg=path)
-
     def test_what_it_folds_to_says_the_same(self, case: str):
         config = config_of(case)
         info = METHODS[config.name]
@@ -292,25 +275,6 @@ class TestEveryMethod:
         want, _ = losses(make(case), batch)
         np.testing.assert_allclose(losses(method, batch)[0], want, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("beams", [1, 3])
-    def test_cached_decoding_goes_on_as_the_forward_pass_does(self, case: str, beams: int):
-        """What is generated is scored again with teacher forcing: the same log-likelihood."""
-        examples = examples_of(case, 3)
-        graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), make(case)))
-        batch = tiny.make_batch([[replaced(e, [5])] for e in examples], 14, 1, 1)
-        search = Search(4, num_beams=beams)
-        run = jax.jit(steps.generate, static_argnums=0)
-        found = run(graphdef, trained, frozen, batch, rules=search.rules)
-        said = [ids[: _end(ids)].tolist() for ids in np.asarray(found.ids_BT)]
-        whole = tiny.make_batch([[replaced(*both)] for both in zip(examples, said, strict=True)],
-                                14, 4, 1)  # fmt: skip
-        logits_BTV = jax.jit(steps.logits, static_argnums=0)(graphdef, trained, frozen, whole)
-        loss_BT = cross_entropy(logits_BTV, jnp.asarray(whole.targets_BT)) * whole.loss_weights_BT
-        np.testing.assert_allclose(-loss_BT.sum(1), found.log_likelihood_B, atol=2e-5, rtol=1e-5)
-        if beams == 1:
-            first_B = np.asarray(logits_BTV)[:, 0].argmax(-1)
-            assert first_B.tolist() == [ids[0] for ids in said]
-
     def test_it_reads_back_from_a_mapping(self, case: str):
         from jaxprompt import schema
 
@@ -322,6 +286,49 @@ class TestEveryMethod:
 def _end(ids: np.ndarray) -> int:
     ends = np.flatnonzero(ids == CONFIG.eos_id)
     return int(ends[0]) + 1 if len(ends) else len(ids)
+
+
+# ---- what takes longer, for each method once ---------------------------------------------------
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_packed_rows_of_a_bank_equal_each_prompt_alone(case: str):
+    methods = [make(case, seed) for seed in (0, 1)]
+    examples = [examples_of(case, 3, seed=n, prompt=n) for n in (0, 1)]
+    first, second = examples
+    rows = [[first[0], second[0], first[1]], [second[1], first[2], second[2]]]
+    both = tiny.make_batch(rows, 36, 16, 3)
+    both_BG, bank_grads = losses(PromptBank(methods), both)
+    for number, method in enumerate(methods):
+        alone = [dataclasses.replace(example, prompt=0) for example in examples[number]]
+        batch = tiny.make_batch([[example] for example in alone], 14, 6, 1)
+        loss_BG, grads = losses(method, batch)
+        found = both_BG[np.asarray(both.prompt_index_BG) == number]
+        np.testing.assert_allclose(found, loss_BG[:, 0], atol=1e-5, rtol=1e-5)
+        own = trees.flatten(bank_grads["prompts"][f"{number:04d}"])
+        for path, grad in trees.flatten(grads).items():
+            np.testing.assert_allclose(own[path], grad, atol=2e-5, rtol=2e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_decoding_goes_on_as_the_forward_pass_does(case: str, beams: int):
+    """What is generated is scored again with teacher forcing: the same log-likelihood."""
+    examples = examples_of(case, 3)
+    graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), make(case)))
+    batch = tiny.make_batch([[replaced(e, [5])] for e in examples], 14, 1, 1)
+    search = Search(4, num_beams=beams)
+    run = jax.jit(steps.generate, static_argnums=0)
+    found = run(graphdef, trained, frozen, batch, rules=search.rules)
+    said = [ids[: _end(ids)].tolist() for ids in np.asarray(found.ids_BT)]
+    whole = tiny.make_batch([[replaced(*both)] for both in zip(examples, said, strict=True)],
+                            14, 4, 1)  # fmt: skip
+    logits_BTV = jax.jit(steps.logits, static_argnums=0)(graphdef, trained, frozen, whole)
+    loss_BT = cross_entropy(logits_BTV, jnp.asarray(whole.targets_BT)) * whole.loss_weights_BT
+    np.testing.assert_allclose(-loss_BT.sum(1), found.log_likelihood_B, atol=2e-5, rtol=1e-5)
+    if beams == 1:
+        first_B = np.asarray(logits_BTV)[:, 0].argmax(-1)
+        assert first_B.tolist() == [ids[0] for ids in said]
 
 
 def replaced(example: tiny.Example, target: list[int]) -> tiny.Example:
