@@ -206,7 +206,7 @@ def test_a_search_says_what_it_left_out_and_what_to_type(
 def stand_in(found: dict[int, float], capacity: float, calls: list[int]) -> Any:
     """An `estimate` whose activations follow from the microbatches."""
 
-    def estimated(config: Any, topology: Topology) -> Estimate:
+    def estimated(config: Any, topology: Topology, prompts: int) -> Estimate:
         parts = config.train.accumulate
         calls.append(parts)
         activations = found[parts]
@@ -246,6 +246,8 @@ def test_weights_that_fill_a_chip_are_not_compiled(world: World, monkeypatch: py
     found = search.search(config_with, topology, limit=9, asked={}, say=lambda line: None)
     assert not found.ranking
     assert any("weights alone take" in reason for _, reason in found.skipped)
+    kinds = [settings.get("backbone.quantize") for settings, _ in found.skipped]
+    assert kinds[0] is None and kinds[-1] == "int8", "where no float weights fit"
 
 
 def test_rows_are_as_long_as_they_may_be_where_there_is_no_vocabulary(world: World, tmp_path: Path):
