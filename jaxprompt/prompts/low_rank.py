@@ -16,14 +16,12 @@ import numpy as np
 from jaxprompt.prompts.base import (
     MethodConfig,
     MethodInfo,
-    MethodInputs,
-    PromptMethod,
     Sizes,
     Values,
 )
 from jaxprompt.prompts.init import InitContext, factors, initial_rows, linear
-from jaxprompt.prompts.soft import folded
-from jaxprompt.typing import Array, PromptValues, UserError
+from jaxprompt.prompts.soft import MadeRows, folding
+from jaxprompt.typing import Array, UserError
 
 ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
 
@@ -65,26 +63,18 @@ class LoptConfig(DptConfig):
     activation: Literal["relu", "sigmoid", "tanh"] = "sigmoid"
 
 
-class ProductPrompt(PromptMethod):
+class ProductPrompt(MadeRows):
     """P = A B."""
-
-    def __call__(self, inputs: MethodInputs) -> PromptValues:
-        """encoder [1, P, D]."""
-        return PromptValues(encoder=self.rows()[None])
 
     def rows(self) -> Array:
         """[P, D]."""
         return self["left"] @ self["right"]
 
 
-class NarrowPrompt(PromptMethod):
+class NarrowPrompt(MadeRows):
     """P = act(P0 U) V, P0 constant."""
 
     constants = ("first",)
-
-    def __call__(self, inputs: MethodInputs) -> PromptValues:
-        """encoder [1, P, D]."""
-        return PromptValues(encoder=self.rows()[None])
 
     def rows(self) -> Array:
         """[P, D]."""
@@ -126,7 +116,7 @@ DPT = MethodInfo(
     make=ProductPrompt,
     initial=_product,
     parameters=lambda config, sizes: config.rank * (config.length + sizes.d_model),
-    fold=lambda values, config: folded(ProductPrompt(values, config).rows(), config),
+    fold=folding(ProductPrompt),
 )
 LOPT = MethodInfo(
     formula="P = U V, or act(P0 U) V with P0 as it began",
@@ -136,5 +126,5 @@ LOPT = MethodInfo(
     make=_make_lopt,
     initial=_narrow,
     parameters=_lopt_parameters,
-    fold=lambda values, config: folded(_make_lopt(values, config).rows(), config),
+    fold=folding(_make_lopt),
 )

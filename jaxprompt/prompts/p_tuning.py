@@ -16,15 +16,12 @@ import numpy as np
 from jaxprompt.prompts.base import (
     MethodConfig,
     MethodInfo,
-    MethodInputs,
-    PromptMethod,
     Sizes,
-    Values,
 )
 from jaxprompt.prompts.init import InitContext, initial_rows, linear
 from jaxprompt.prompts.networks import affine
-from jaxprompt.prompts.soft import folded
-from jaxprompt.typing import Array, PromptValues
+from jaxprompt.prompts.soft import MadeRows, folding
+from jaxprompt.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +45,8 @@ class PTuningConfig(MethodConfig):
         self.check_positive("hidden", "layers")
 
 
-class PTuning(PromptMethod):
+class PTuning(MadeRows):
     """Trained vectors and the network they go through; only what comes out is kept."""
-
-    def __call__(self, inputs: MethodInputs) -> PromptValues:
-        """encoder [1, P, D]."""
-        return PromptValues(encoder=self.rows()[None])
 
     def rows(self) -> Array:
         """What the network makes of the vectors, [P, D]."""
@@ -127,10 +120,6 @@ def _parameters(config: PTuningConfig, sizes: Sizes) -> int:
     return config.length * sizes.d_model + network
 
 
-def _fold(values: Values, config: PTuningConfig):
-    return folded(PTuning(values, config).rows(), config)
-
-
 P_TUNING = MethodInfo(
     formula="P' = MLP(P) or MLP(biLSTM(P)), hidden wide",
     paper="Liu et al. 2021, arXiv 2103.10385",
@@ -139,5 +128,5 @@ P_TUNING = MethodInfo(
     make=PTuning,
     initial=_initial,
     parameters=_parameters,
-    fold=_fold,
+    fold=folding(PTuning),
 )

@@ -14,14 +14,11 @@ import numpy as np
 from jaxprompt.prompts.base import (
     MethodConfig,
     MethodInfo,
-    MethodInputs,
-    PromptMethod,
     Sizes,
-    Values,
 )
 from jaxprompt.prompts.init import InitContext, initial_rows, linear
-from jaxprompt.prompts.soft import folded
-from jaxprompt.typing import Array, PromptValues
+from jaxprompt.prompts.soft import MadeRows, folding
+from jaxprompt.typing import Array
 
 _EPSILON = 1e-5
 
@@ -47,12 +44,8 @@ class ResidualConfig(MethodConfig):
         self.check_positive("hidden")
 
 
-class ResidualPrompt(PromptMethod):
+class ResidualPrompt(MadeRows):
     """A soft prompt and a small network around it; both are trained, only their sum is kept."""
-
-    def __call__(self, inputs: MethodInputs) -> PromptValues:
-        """encoder [1, P, D]."""
-        return PromptValues(encoder=self.rows()[None])
 
     def rows(self) -> Array:
         """P' = P + Phi(P), [P, D]."""
@@ -94,10 +87,6 @@ def _parameters(config: ResidualConfig, sizes: Sizes) -> int:
     return config.length * d + network * (config.length if config.per_token else 1)
 
 
-def _fold(values: Values, config: ResidualConfig):
-    return folded(ResidualPrompt(values, config).rows(), config)
-
-
 RESIDUAL = MethodInfo(
     formula="P' = P + LN(W_up ReLU(W_down P)), hidden wide",
     paper="Razdaibiedina et al. 2023, arXiv 2305.03937",
@@ -106,5 +95,5 @@ RESIDUAL = MethodInfo(
     make=ResidualPrompt,
     initial=_initial,
     parameters=_parameters,
-    fold=_fold,
+    fold=folding(ResidualPrompt),
 )

@@ -1,5 +1,8 @@
 """Soft prompt (Lester et al. 2021): the slots' embeddings are the parameters themselves."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from jaxprompt.prompts.base import (
@@ -8,6 +11,7 @@ from jaxprompt.prompts.base import (
     MethodInfo,
     MethodInputs,
     PromptMethod,
+    Values,
 )
 from jaxprompt.prompts.init import InitContext, initial_rows
 from jaxprompt.typing import Array, PromptValues
@@ -24,9 +28,26 @@ class SoftPrompt(PromptMethod):
         return PromptValues(encoder=self["prompt"][None])
 
 
-def folded(prompt_PD: Array, config: MethodConfig) -> Folded:
-    """A soft prompt with these rows, in place of another method's prompt."""
-    return Folded(MethodConfig(length=config.length), {"prompt": prompt_PD})
+class MadeRows(PromptMethod):
+    """A prompt that is made of other arrays whatever the input; only its rows are kept."""
+
+    def __call__(self, inputs: MethodInputs) -> PromptValues:
+        """encoder = rows [1, P, D]."""
+        return PromptValues(encoder=self.rows()[None])
+
+    def rows(self) -> Array:
+        """What stands in the slots, [P, D]."""
+        raise NotImplementedError
+
+
+def folding(make: Callable[[Values, Any], MadeRows]) -> Callable[[Values, MethodConfig], Folded]:
+    """A `MethodInfo.fold` that takes the rows of what `make` makes as a soft prompt."""
+
+    def fold(values: Values, config: MethodConfig) -> Folded:
+        rows_PD = make(values, config).rows()
+        return Folded(MethodConfig(length=config.length), {"prompt": rows_PD})
+
+    return fold
 
 
 def _initial(key: Array, config: MethodConfig, context: InitContext) -> dict[str, np.ndarray]:

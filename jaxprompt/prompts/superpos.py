@@ -9,10 +9,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxprompt.prompts.base import MethodConfig, MethodInfo, MethodInputs, PromptMethod
+from jaxprompt.prompts.base import MethodConfig, MethodInfo
 from jaxprompt.prompts.init import InitContext, sampled_rows
-from jaxprompt.prompts.soft import folded
-from jaxprompt.typing import Array, PromptValues
+from jaxprompt.prompts.soft import MadeRows, folding
+from jaxprompt.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,10 @@ class SuperposConfig(MethodConfig):
         self.check_positive("tokens")
 
 
-class SuperposPrompt(PromptMethod):
+class SuperposPrompt(MadeRows):
     """P = W E_m, E_m constant."""
 
     constants = ("rows_of_table",)
-
-    def __call__(self, inputs: MethodInputs) -> PromptValues:
-        """encoder [1, P, D]."""
-        return PromptValues(encoder=self.rows()[None])
 
     def rows(self) -> Array:
         """[P, D]."""
@@ -63,5 +59,5 @@ SUPERPOS = MethodInfo(
     make=SuperposPrompt,
     initial=_initial,
     parameters=lambda config, sizes: config.length * config.tokens,
-    fold=lambda values, config: folded(SuperposPrompt(values, config).rows(), config),
+    fold=folding(SuperposPrompt),
 )
