@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar
 
 from jaxprompt import schema
 from jaxprompt.data.encoder import DataConfig
+from jaxprompt.data.presets import complete_mixture, with_presets
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
-from jaxprompt.data.tasks import TaskConfig, read_task
+from jaxprompt.data.tasks import TaskConfig
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
 from jaxprompt.optim import OptimConfig, resolve
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 C = TypeVar("C", "RunConfig", "PretrainConfig")
+
+_WHOLE_TASKS = ("task", "task.preset", "task.mixture")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,8 @@ class RunConfig:
     Attributes:
       output_dir: the run's directory; resumed from if it holds this run.
       task: a name that `jaxprompt tasks` lists, or a mapping (`preset: NAME` starts from a listed
-        one, the keys beside it replace its own, those of `source` one by one).
+        one, the keys beside it replace its own, those of `source` one by one;
+        `mixture: [NAME, ...]` or `mixture: {NAME: rate, ...}` is several at once).
       seed: of everything random.
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
@@ -235,18 +239,18 @@ def resolved(
     """A run's options, of a mapping with overrides and then a sweep's settings on top."""
     overrides = [one for one in overrides if not one.startswith(("sweep.", "sweep="))]
     # A task named on the command line comes first: `task=NAME task.sub=value` works in any order.
-    whole = [override for override in overrides if override.startswith(("task=", "task.preset="))]
+    whole = [one for one in overrides if one.partition("=")[0] in _WHOLE_TASKS]
     parts = [override for override in overrides if override not in whole]
-    tasks = [setting for setting in settings if setting[0] in ("task", "task.preset")]
+    tasks = [setting for setting in settings if setting[0] in _WHOLE_TASKS]
     mapping, where = schema.apply_overrides(mapping, where, whole)
     mapping, where = schema.set_values(mapping, where, tasks)
-    mapping, where = _with_preset(mapping, where)
+    mapping, where = with_presets(mapping, where)
     mapping, where = schema.apply_overrides(mapping, where, parts)
     others = [setting for setting in settings if setting not in tasks]
     mapping, where = schema.set_values(mapping, where, others)
     if kind is RunConfig:
-        mapping = _with_recipe(mapping)
-    return schema.from_mapping(kind, mapping, where)
+        mapping = _with_recipe(complete_mixture(mapping, where))
+    return with_tasks(schema.from_mapping(kind, mapping, where))
 
 
 def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
@@ -282,26 +286,20 @@ def _find(path_or_name: str | Path) -> Path:
     raise UserError(f"there is no config file {name!r} and no config of that name ships; {hint}")
 
 
-def _with_preset(
-    mapping: Mapping[str, Any], where: schema.Where
-) -> tuple[dict[str, Any], schema.Where]:
-    """Puts a listed task's keys, its source's too, under those that the config gives itself."""
-    given = schema.plain(mapping.get("task"))
-    own = dict(given) if isinstance(given, Mapping) else {}
-    name = schema.plain(own.pop("preset", None)) if own else given
-    if not isinstance(name, str):
-        return dict(mapping), where
-    try:
-        preset, preset_where = read_task(name)
-    except UserError as error:
-        raise UserError(f"{where.at(('task',))}: {error}") from error
-    places = {("task", *path): place for path, place in preset_where.places.items()}
-    source = own.get("source")
-    if isinstance(source, Mapping):
-        own["source"] = {**preset.get("source", {}), **source}
-    return {**mapping, "task": {**preset, **own}}, schema.Where(
-        where.source, {**places, **where.places}
-    )
+def with_tasks(config: C) -> C:
+    """The run with the tasks of its mixture where the method has parts for each.
+
+    Raises: UserError if the config names others.
+    """
+    if not isinstance(config, RunConfig) or not METHODS[config.method.name].task_parts:
+        return config
+    names, given = tuple(config.task.mixture), getattr(config.method, "tasks", ())
+    if given and given != names:
+        raise UserError(
+            f"method.tasks is {', '.join(given)}, the run's are {', '.join(names) or 'one'}: leave "
+            "method.tasks out, it is filled in"
+        )
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, tasks=names))
 
 
 def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +313,8 @@ def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
     if recipe is None:
         return dict(mapping)
     is_soft = method.get("name", MethodConfig.name) == MethodConfig.name
-    has_labels = bool(task.get("candidates") or task.get("labels"))
+    kinds = [task, *(entry["task"] for entry in (task.get("mixture") or {}).values())]
+    has_labels = any(kind.get("candidates") or kind.get("labels") for kind in kinds)
     fixed = {
         "data": {"batch_size": recipe.batch_size},
         "backbone": {"dropout": recipe.dropout},

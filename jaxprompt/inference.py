@@ -63,6 +63,11 @@ def _method(backbone: Backbone, prompt: PromptArtifact | None, allow_other: bool
         prompt, backbone.name, backbone.fingerprint, backbone.config.d_model, allow_other
     )
     config = method_config(prompt)
+    if METHODS[config.name].task_parts:
+        raise UserError(
+            f"prompt {prompt.path} holds the parts of several tasks: use one task's own prompt, in "
+            "the run's directory tasks/NAME/best, or begin a run with method.init=prompt from it"
+        )
     return METHODS[config.name].make(jax.device_put(dict(prompt.values)), config)
 
 

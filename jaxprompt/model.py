@@ -60,6 +60,7 @@ class PromptedT5(nnx.Module):
                 batch.encoder_segments_BS,
                 batch.prompt_index_BG,
                 None if key is None else _row_keys(key, len(embeds_BSD)),
+                batch.task_index_BG,
             )
         )
 

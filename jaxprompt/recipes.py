@@ -137,6 +137,18 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=5e-6,
         init="vocab",
     ),
+    "mpt": Recipe(
+        summary="MPT on a target task: the shared part slower than the task's",
+        source="Wang et al. 2023, appendix: 0.3 and 0.4, on several source tasks 0.3 for all; batch "
+        "32 of T5-base; AdamW and 500 steps of warm-up as in the code for torch it compares with",
+        optimizer="adamw",
+        learning_rate=0.3,
+        schedule="linear",
+        warmup_steps=500,
+        weight_decay=1e-5,
+        learning_rates={"left": 0.4, "right": 0.4},
+        init="vocab",
+    ),
     "model-tuning": Recipe(
         summary="all parameters, the baseline prompts are compared with",
         source="T5 fine-tuning: Raffel et al. 2020, section 3.1.2; T5X finetune defaults",

@@ -14,6 +14,7 @@ from jaxprompt.hosts import is_first
 from jaxprompt.logging import table
 from jaxprompt.sweep import summary, sweep
 from jaxprompt.sweep_config import load_sweep
+from jaxprompt.trainee import part_config
 from jaxprompt.training import TrainResult, train
 
 
@@ -44,7 +45,10 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
         ["bare backbone", *(result.bare[name] for name in names)],
         [f"{what} (step {result.best_step:,})", *(result.metrics[name] for name in names)],
     ]
-    prompt, has_test = shlex.quote(str(result.prompt)), has_split(config.task.source, "test")
+    first = next(iter(config.task.mixture), "")
+    task = part_config(config, first).task
+    usable = result.output_dir / "tasks" / first / "best" if first else result.prompt
+    prompt, has_test = shlex.quote(str(usable)), has_split(task.source, "test")
     lines = [
         "",
         table(rows, header=["validation, %", *names]),

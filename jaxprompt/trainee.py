@@ -10,18 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprompt
-from jaxprompt.artifact import PromptArtifact, load_artifact, save_artifact
+from jaxprompt import schema
+from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact, save_artifact
 from jaxprompt.backbone import Backbone, identity_of
-from jaxprompt.config import RunConfig, step_options
+from jaxprompt.config import RunConfig, step_options, with_tasks
 from jaxprompt.data.encoder import TaskEncoder
 from jaxprompt.data.layout import Layout
+from jaxprompt.data.mixture import MixedEncoder, MixedSource, rates_of
 from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.data.sources import Source
-from jaxprompt.data.tasks import Task
+from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import resolve
 from jaxprompt.prompts import METHODS, slots_of
 from jaxprompt.prompts.bank import PromptBank
+from jaxprompt.prompts.base import MethodConfig, Values
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.schema import to_mapping
 from jaxprompt.steps import StepOptions
@@ -29,6 +32,30 @@ from jaxprompt.t5.model import T5
 from jaxprompt.t5.weights import save_hf
 from jaxprompt.trees import merge, split
 from jaxprompt.typing import ArrayTree, UserError
+
+MEAN = "mean"  # of the scores of several tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the tasks that a prompt is trained on.
+
+    Attributes:
+      config: of a run on this task alone.
+      source, validation: rows to train and to measure on.
+    """
+
+    name: str
+    config: RunConfig
+    task: Task
+    source: Source
+    validation: Source
+    encoder: TaskEncoder
+
+    @property
+    def score_names(self) -> Sequence[str]:
+        """The metrics whose mean is its score: the one named, or the task's."""
+        return [self.config.train.metric] if self.config.train.metric else self.task.metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +65,16 @@ class Trainee:
     Attributes:
       name: empty if there is one only.
       config: of the run it would be by itself; `output_dir` is where its results go.
-      source, validation: rows to train and to measure on.
+      parts: its task, or those of its mixture.
+      source, encoder: what it is trained on.
       options: what is compiled into its step.
     """
 
     name: str
     config: RunConfig
-    task: Task
-    source: Source
-    validation: Source
-    encoder: TaskEncoder
+    parts: Sequence[Part]
+    source: Source | MixedSource
+    encoder: TaskEncoder | MixedEncoder
     total_steps: int
     options: StepOptions
 
@@ -57,8 +84,20 @@ class Trainee:
 
     @property
     def score_names(self) -> Sequence[str]:
-        """The metrics whose mean its best evaluation is chosen by: the one named, or the task's."""
-        return [self.config.train.metric] if self.config.train.metric else self.task.metrics
+        """The metrics whose mean its best evaluation is chosen by."""
+        return self.parts[0].score_names if len(self.parts) == 1 else [MEAN]
+
+    def metrics_of(self, each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Its metrics, of each task's; of several tasks first the mean of their scores."""
+        if len(self.parts) == 1:
+            return dict(each[0])
+        both = list(zip(self.parts, each, strict=True))
+        scores = [mean_of(metrics, part.score_names) for part, metrics in both]
+        return {MEAN: sum(scores) / len(scores)} | {
+            f"{part.name}/{name}": value
+            for part, metrics in both
+            for name, value in metrics.items()
+        }
 
 
 def mean_of(metrics: Mapping[str, float], names: Sequence[str]) -> float:
@@ -71,12 +110,46 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
 
     Raises: UserError for options at odds, or data that is missing or cannot be laid out.
     """
+    if with_tasks(config) != config:
+        raise UserError(
+            f"method {config.method.name} has parts for each task, and method.tasks does not name "
+            "those of task.mixture; jaxprompt.load_config fills it in"
+        )
+    mixture = config.task.mixture
+    if METHODS[config.method.name].task_parts and not mixture and config.method.init != "prompt":
+        raise UserError(
+            f"method {config.method.name} shares a prompt among tasks, and the run has one: give "
+            "several (task: {mixture: [NAME, NAME]}), or go on from what was trained on several "
+            "with method.init=prompt and method.init_path"
+        )
+    parts = [_make_part(name, part_config(config, name), backbone) for name in (mixture or [""])]
+    source, encoder = parts[0].source, parts[0].encoder
+    if mixture:
+        source = MixedSource([part.source for part in parts])
+        rates = rates_of(list(mixture.values()), source.counts)
+        encoder = MixedEncoder([part.encoder for part in parts], rates)
+    steps = total_steps(config, len(source))
+    return Trainee(name, config, parts, source, encoder, steps, step_options(config))
+
+
+def _make_part(name: str, config: RunConfig, backbone: Backbone) -> Part:
     task = Task(config.task)
     source, validation = task.open("train"), task.open("validation")
     encoder = encoder_of(config, task, backbone, bare=config.tune == "model")
     _check(config, encoder, [source, validation])
-    steps = total_steps(config, len(source))
-    return Trainee(name, config, task, source, validation, encoder, steps, step_options(config))
+    return Part(name, config, task, source, validation, encoder)
+
+
+def part_config(config: RunConfig, name: str) -> RunConfig:
+    """A run on one task of the mixture alone, its results in `tasks/NAME`; itself without one."""
+    if not name:
+        return config
+    task = schema.from_mapping(TaskConfig, config.task.mixture[name].task, f"task.mixture.{name}")
+    method = config.method
+    if METHODS[method.name].task_parts:
+        method = dataclasses.replace(method, tasks=())
+    place = str(Path(config.output_dir) / "tasks" / name)
+    return dataclasses.replace(config, output_dir=place, task=task, method=method)
 
 
 def train_batches(one: Trainee, devices: int, share: tuple[int, int] = (0, 1)) -> TrainBatches:
@@ -121,25 +194,75 @@ def keep(
         tree = merge(graphdef, trained, frozen).backbone.tree()
         save_hf(place, tree, backbone.config, tokenizer_dir=backbone.directory)
         return
-    provenance = {
+    provenance: dict[str, Any] = {
         "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
         "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
     }  # fmt: skip
     if backbone.quantize != "none":
         provenance["quantize"] = backbone.quantize
+    if config.task.mixture:
+        provenance["mixture"] = list(config.task.mixture)
     values = {**first, **jax.device_get(trained["method"])}
     save_artifact(place, artifact_of(config, backbone, values, provenance))
+    for part, own in zip(one.parts, each_task(config, values), strict=True):
+        if part.name:
+            told = {**provenance, "metrics": _metrics_of_part(part.name, metrics)}
+            kept = artifact_of(part.config, backbone, own, told)
+            save_artifact(Path(part.config.output_dir) / name, kept)
 
 
-def initial_values(config: RunConfig, backbone: Backbone, task: Task) -> dict[str, np.ndarray]:
-    """First values of the method's parameters, float32, drawn from `config.seed`."""
+def each_task(config: RunConfig, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A method's values for each task of a run: of parts for each its own, the others as they are.
+
+    With `part_config` these are a method that was trained on that task alone.
+    """
+    parts = METHODS[config.method.name].task_parts
+    return [
+        {name: value[n : n + 1] if name in parts else value for name, value in values.items()}
+        for n in range(max(1, len(config.task.mixture)))
+    ]
+
+
+def plain_prompt(config: RunConfig, values: Mapping[str, Any]) -> tuple[MethodConfig, Values]:
+    """What the artifact of a run on one task holds: a plain prompt where the method folds."""
+    info = METHODS[config.method.name]
+    if info.fold is None:
+        return config.method, values
+    plain = info.fold({name: jnp.asarray(value) for name, value in values.items()}, config.method)
+    return plain.config, plain.values
+
+
+def prompts_of_tasks(one: Trainee, values: Mapping[str, Any]) -> list[tuple[MethodConfig, Values]]:
+    """What the artifacts of each of its tasks hold: options and arrays on the host."""
+    found = []
+    for part, own in zip(one.parts, each_task(one.config, values), strict=True):
+        method, made = plain_prompt(part.config, own)
+        found.append((method, {name: np.asarray(value) for name, value in made.items()}))
+    return found
+
+
+def _metrics_of_part(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    mark = f"{name}/"
+    return {key.removeprefix(mark): value for key, value in metrics.items() if key.startswith(mark)}
+
+
+def initial_values(config: RunConfig, backbone: Backbone, *tasks: Task) -> dict[str, np.ndarray]:
+    """First values of the method's parameters, float32, drawn from `config.seed`.
+
+    Args:
+      tasks: the run's.
+    Raises: UserError for an `init` that is not possible, or a prompt to begin from that does not
+      fit or is of another backbone.
+    """
+    candidates = [word for task in tasks for word in task.candidates]
     context = InitContext(
         sizes=backbone.config,
         vocab_size=backbone.tokenizer.size,
         rows=backbone.embedding_rows,
         encode=backbone.tokenizer.encode,
-        candidates=tuple(task.candidates),
+        candidates=tuple(dict.fromkeys(candidates)),
         load=_rows_of,
+        artifact=lambda path: _parts_of(path, backbone),
     )
     key = jax.random.key(config.seed)
     return METHODS[config.method.name].initial(key, config.method, context)
@@ -152,6 +275,12 @@ def _rows_of(path: str) -> np.ndarray:
             f"prompt {path} is of method {artifact.method['name']} and has no rows to begin from"
         )
     return artifact.values["prompt"]
+
+
+def _parts_of(path: str, backbone: Backbone) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    artifact = load_artifact(path)
+    check_backbone(artifact, backbone.name, backbone.fingerprint, backbone.config.d_model)
+    return artifact.method, artifact.values
 
 
 def taken_apart(
@@ -177,17 +306,17 @@ def artifact_of(
 ) -> PromptArtifact:
     """The artifact of all of a method's values; of a plain prompt, where the method folds to one.
 
-    What the method was is then told in its provenance.
+    What the method was is then told in its provenance. Parts for each of several tasks do not
+    fold; what belongs to several tasks names none.
     """
     info, method = METHODS[config.method.name], config.method
-    if info.fold is not None:
-        plain = info.fold({name: jnp.asarray(value) for name, value in values.items()}, method)
+    if info.fold is not None and not (config.task.mixture and info.task_parts):
         provenance = {**provenance, "method": to_mapping(method)}
-        method, values = plain.config, plain.values
+        method, values = plain_prompt(config, values)
     return PromptArtifact(
         method=to_mapping(method),
         layout=config.layout,
-        task=to_mapping(config.task),
+        task={} if config.task.mixture else to_mapping(config.task),
         backbone=identity_of(backbone),
         values={name: np.asarray(value) for name, value in values.items()},
         lengths={

@@ -32,7 +32,8 @@ from jaxprompt.members import Member, Progress
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer
 from jaxprompt.plots import write_run_plot
-from jaxprompt.prompts.bank import members
+from jaxprompt.prompts import METHODS
+from jaxprompt.prompts.bank import PromptBank, members
 from jaxprompt.schema import to_mapping
 from jaxprompt.sharding import data_share, here, make_mesh, meet, replicate, shard_batch
 from jaxprompt.steps import init_state
@@ -43,6 +44,7 @@ from jaxprompt.trainee import (
     keep,
     make_trainee,
     mean_of,
+    prompts_of_tasks,
     run_identity,
     taken_apart,
     train_batches,
@@ -152,8 +154,8 @@ def train_together(
 
     # ---- evaluation and what is kept ---------------------------------------------------------
     longest = max((stream.input_buckets for stream in batches.streams), key=max)
-    encoders = [one.encoder for one in trainees]
-    evaluator = Evaluator(graphdef, encoders, mesh=mesh, input_buckets=longest)
+    encoders = [part.encoder for one in trainees for part in one.parts]
+    starts = [0, *itertools.accumulate(len(one.parts) for one in trainees)]
     cuts: list[dict[str, Mapping[str, int]]] = [{} for _ in trainees]
 
     def keep_one(n: int, name: str, number: int, trained: ArrayTree, metrics: Mapping) -> None:
@@ -163,13 +165,33 @@ def train_together(
             rest = (graphdef, whole[1])
             keep(trainees[n], backbone, name, number, tree, firsts[n], metrics, rest)
 
+    def answering(trained: ArrayTree) -> tuple[Any, ArrayTree, ArrayTree]:
+        """What answers: the prompts as trained; for a mixture those that are kept of each task."""
+        if shared.tune == "model" or len(encoders) == len(trainees):
+            return graphdef, trained, frozen
+        trees = members(here(trained), len(trainees))
+        kept = [
+            prompt
+            for one, first, tree in zip(trainees, firsts, trees, strict=True)
+            for prompt in prompts_of_tasks(one, {**first, **tree["method"]})
+        ]
+        methods = [METHODS[method.name].make(replicate(mesh, own), method) for method, own in kept]
+        return split(PromptedT5(backbone.module(), PromptBank(methods)))
+
     def evaluate(number: int, trained: ArrayTree, which: Sequence[int]) -> list[dict[str, float]]:
-        asked = _side_by_side({n: examples_of(trainees[n].task, trainees[n].validation)
-                               for n in which})  # fmt: skip
-        results = evaluator.run_asked(trained, frozen, asked)
+        asked = _side_by_side({
+            starts[n] + at: examples_of(part.task, part.validation)
+            for n in which
+            for at, part in enumerate(trainees[n].parts)
+        })  # fmt: skip
+        program, own_trained, own_frozen = answering(trained)
+        evaluator = Evaluator(program, encoders, mesh=mesh, input_buckets=longest)
+        results = evaluator.run_asked(own_trained, own_frozen, asked)
         all_metrics = []
         for n in which:
-            metrics, cuts[n]["validation"] = results[n].metrics, results[n].cuts.report()
+            own = results[starts[n] : starts[n + 1]]
+            metrics = trainees[n].metrics_of([result.metrics for result in own])
+            cuts[n]["validation"] = _added([result.cuts.report() for result in own])
             keep_one(n, "prompt", number, trained, metrics)
             all_metrics.append({**metrics, "score": mean_of(metrics, trainees[n].score_names)})
         return all_metrics
@@ -233,7 +255,7 @@ def train_together(
             picture = write_run_plot(
                 one.directory / METRICS_FILE,
                 one.directory / "plots" / "run.png",
-                title=f"{one.task.config.name} on {backbone.name}",
+                title=f"{one.config.task.name} on {backbone.name}",
                 baselines=_baselines(one, progress),
             )
             if not one.name:
@@ -261,7 +283,9 @@ def train_together(
 
 
 def _first_values(one: Trainee, backbone: Backbone) -> dict[str, np.ndarray]:
-    return {} if one.config.tune == "model" else initial_values(one.config, backbone, one.task)
+    if one.config.tune == "model":
+        return {}
+    return initial_values(one.config, backbone, *(part.task for part in one.parts))
 
 
 def _side_by_side(examples: Mapping[int, Iterator[Any]]) -> Iterator[Asked]:
@@ -279,18 +303,22 @@ def _measure_baselines(
     mesh: jax.sharding.Mesh,
 ) -> None:
     """The bare backbone and the most frequent target, once for each task and its lengths."""
-    known: dict[str, dict[str, dict[str, float]]] = {}
+    known: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
     graphdef, _, frozen = split(PromptedT5(backbone.module()))
     for one, progress in zip(trainees, all_progress, strict=True):
         if progress.baselines:
             continue
-        config = one.config
-        key = json.dumps([to_mapping(config.task), config.layout, to_mapping(config.data)])
-        if key not in known:
-            encoder = encoder_of(config, one.task, backbone, bare=True)
-            (bare,) = Evaluator(graphdef, [encoder], mesh=mesh).run({}, frozen, one.validation)
-            known[key] = {"bare": bare.metrics, "majority": bare.majority}
-        progress.baselines = known[key]
+        measured = []
+        for part in one.parts:
+            config = part.config
+            key = json.dumps([to_mapping(config.task), config.layout, to_mapping(config.data)])
+            if key not in known:
+                encoder = encoder_of(config, part.task, backbone, bare=True)
+                (bare,) = Evaluator(graphdef, [encoder], mesh=mesh).run({}, frozen, part.validation)
+                known[key] = bare.metrics, bare.majority
+            measured.append(known[key])
+        bares, majorities = zip(*measured, strict=True)
+        progress.baselines = {"bare": one.metrics_of(bares), "majority": one.metrics_of(majorities)}
 
 
 def _baselines(one: Trainee, progress: Progress) -> dict[str, float]:
@@ -303,7 +331,7 @@ def _baselines(one: Trainee, progress: Progress) -> dict[str, float]:
 
 def _baseline_line(one: Trainee, progress: Progress) -> str:
     shown = ", ".join(f"{name} {value:.1f}" for name, value in _baselines(one, progress).items())
-    task = f"{one.task.config.name}: " if one.name else ""
+    task = f"{one.config.task.name}: " if one.name else ""
     return f"{task}validation {one.score_names[0]}: {shown}"
 
 
@@ -321,7 +349,7 @@ def _opening(
     start = "starting" if resumed is None else f"resuming at step {resumed:,}"
     prompts = f"{len(trainees)} prompts at once, " if len(trainees) > 1 else ""
     tasks = dict.fromkeys(
-        f"task {one.task.config.name}, {len(one.source):,} examples" for one in trainees
+        f"task {one.config.task.name}, {len(one.source):,} examples" for one in trainees
     )
     return (
         f"{start}: {prompts}{count(trained):,} trained parameters, {frozen} ({name}); "
@@ -348,6 +376,10 @@ def _cut_lines(cuts: Mapping[str, Mapping[str, int]]) -> list[str]:
         for side in ("input", "target")
         if counts[f"cut_{side}s"]
     ]
+
+
+def _added(reports: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {name: sum(report[name] for report in reports) for name in reports[0]}
 
 
 def _bytes_in(directory: Path) -> int:

@@ -38,6 +38,7 @@ class Batch:
       loss_weights_BT: float32, 1 where the target counts, 0 at padding and slots.
       prompt_index_BG: which prompt of a bank the segment uses, 0 with a single prompt.
       example_index_BG: the segment's example number in its source, -1 for an empty segment.
+      task_index_BG: which task of a mixture the segment is of; None = there is one.
     """
 
     encoder_ids_BS: Array
@@ -50,6 +51,7 @@ class Batch:
     loss_weights_BT: Array
     prompt_index_BG: Array
     example_index_BG: Array
+    task_index_BG: Array | None = None
 
 
 @jax.tree_util.register_dataclass

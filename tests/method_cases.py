@@ -13,6 +13,7 @@ from jaxprompt.prompts import METHODS, MethodConfig, PromptMethod
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.t5.config import T5Config
 
+TASKS = ["first", "second", "third"]
 CASES: dict[str, dict[str, Any]] = {
     "soft": {"length": 4},
     "p-tuning": {"length": 4, "hidden": 6},
@@ -32,7 +33,14 @@ CASES: dict[str, dict[str, Any]] = {
     "adept": {"length": 4, "rank": 3},
     "smop": {"length": 3, "prompts": 3},
     "pt-moe": {"length": 4, "rank": 2, "experts": 3},
-}
+    "multitask": {"length": 4, "tasks": TASKS},
+    "multitask concat": {"length": 3, "tasks": TASKS, "combine": "concat", "task_length": 2},
+    "multitask features": {"length": 4, "tasks": TASKS, "combine": "concat-features"},
+    "multitask project": {
+        "length": 4, "tasks": TASKS, "combine": "project", "shared_features": 5,
+    },
+    "mpt": {"length": 4, "tasks": TASKS, "rank": 2},
+}  # fmt: skip
 
 
 def config_of(case: str, **options: Any) -> MethodConfig:
@@ -77,4 +85,8 @@ def examples_of(case: str, count: int, seed: int = 0, prompt: int = 0) -> list[t
     """Examples with the slots that the case's method has."""
     config = config_of(case)
     examples = tiny.make_examples(count, METHODS[config.name].slots(config), seed=seed)
-    return [dataclasses.replace(example, prompt=prompt) for example in examples]
+    tasks = len(getattr(config, "tasks", ())) or 1
+    return [
+        dataclasses.replace(example, prompt=prompt, task=(n + 1) % tasks)
+        for n, example in enumerate(examples)
+    ]

@@ -118,6 +118,18 @@ def run_mapping(root: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def mixture_of(world: World, **rates: float | None) -> str:
+    """The override for a mixture of tasks over the world's rows, each with words of its own."""
+    task: dict[str, Any] = run_mapping(world.root)["task"]
+    words = [("positive", "negative"), ("good", "bad"), ("great", "terrible")]
+    entries = {}
+    for (name, rate), (yes, no) in zip(rates.items(), words, strict=False):
+        labels = {"positive": yes, "negative": no}
+        own = {"name": name, "source": task["source"], "labels": labels}
+        entries[name] = {"rate": rate, "task": own}
+    return f"task={json.dumps({'mixture': entries})}"
+
+
 def write_backbone(directory: Path, seed: int = 1, **changes: Any) -> Path:
     """A random T5 in the Hugging Face layout, with the tiny vocabulary."""
     config = dataclasses.replace(CONFIG, **changes)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from method_cases import CASES
-from run_fixtures import World, assert_same_end, compiled, losses, saved_state, world
+from run_fixtures import World, assert_same_end, compiled, losses, mixture_of, saved_state, world
 
 from jaxprompt import cli
 from jaxprompt.artifact import load_artifact
@@ -22,11 +22,23 @@ OPTIONS = [
     "backbone.dropout=0.1", "data.row_multiple=2",
 ]  # fmt: skip
 RUNS = ["p-tuning", "residual", "p-tuning-v2", "prefix", "dpt", "lopt",
-        "superpos", "dept", "adept", "smop", "pt-moe"]  # fmt: skip
+        "superpos", "dept", "adept", "smop", "pt-moe", "mpt"]  # fmt: skip
+
+
+def shared_by(case: str, world: World) -> list[str]:
+    """The tasks that share a prompt, where the method has parts for each."""
+    names = CASES[case].get("tasks", [])
+    return [mixture_of(world, **dict.fromkeys(names, 1.0))] if names else []
+
+
+def kept_in(case: str, directory: Path) -> Path:
+    """Where a run's artifacts of one task are."""
+    return directory / "tasks" / "second" if "tasks" in CASES[case] else directory
 
 
 def options_of(case: str) -> list[str]:
     mapping = {"name": case.split()[0], **CASES[case]}
+    mapping.pop("tasks", None)
     return [f"method.{key}={json.dumps(value)}" for key, value in mapping.items()]
 
 
@@ -41,7 +53,7 @@ def run(request, world: World, tmp_path_factory, runs: dict[str, Path]) -> tuple
     case = request.param
     if case not in runs:
         runs[case] = tmp_path_factory.mktemp("runs") / case.replace(" ", "-")
-        train(world.load(runs[case], *OPTIONS, *options_of(case)))
+        train(world.load(runs[case], *OPTIONS, *shared_by(case, world), *options_of(case)))
     return case, runs[case]
 
 
@@ -49,10 +61,11 @@ def test_a_run_broken_off_ends_as_the_unbroken_one(run, world: World, tmp_path: 
     """All trained parameters, also those of a network that the artifact folds away, go on."""
     case, unbroken = run
     broken = tmp_path / "broken"
-    train(world.load(broken, *OPTIONS, *options_of(case), "train.steps=2"))
-    train(world.load(broken, *OPTIONS, *options_of(case)))
-    info = METHODS[case.split()[0]]
-    assert (load_artifact(broken / "prompt").training.get("method") is None) == (info.fold is None)
+    options = [*OPTIONS, *shared_by(case, world), *options_of(case)]
+    train(world.load(broken, *options, "train.steps=2"))
+    train(world.load(broken, *options))
+    info, prompt = METHODS[case.split()[0]], kept_in(case, broken) / "prompt"
+    assert (load_artifact(prompt).training.get("method") is None) == (info.fold is None)
     np.testing.assert_array_equal(losses(broken), losses(unbroken))
     assert_same_end(broken, unbroken)
 
@@ -60,13 +73,14 @@ def test_a_run_broken_off_ends_as_the_unbroken_one(run, world: World, tmp_path: 
 def test_two_devices_train_the_same(run, world: World, tmp_path: Path):
     """Also what is drawn: dropout, and SMoP's noise, belong to rows."""
     case, alone = run
-    train(world.load(tmp_path / "two", *OPTIONS, *options_of(case), "mesh.data=2"))
+    options = [*OPTIONS, *shared_by(case, world), *options_of(case)]
+    train(world.load(tmp_path / "two", *options, "mesh.data=2"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(alone), rtol=1e-5)
 
 
 def test_what_is_kept_answers_as_training_measured(run, world: World, capsys):
     """`evaluate` of the artifact, folded where it folds, gives the run's own last measurement."""
-    case, directory = run
+    case, directory = run[0], kept_in(*run)
     artifact = load_artifact(directory / "prompt")
     info = METHODS[case.split()[0]]
     if info.fold is not None:

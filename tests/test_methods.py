@@ -143,6 +143,25 @@ def pt_moe(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarra
 
 MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe}
 
+
+def multitask(v: dict[str, np.ndarray], config: Any, task: int) -> np.ndarray:
+    shared = v["prompt"]
+    if config.combine == "project":
+        kernel = v["kernels"][task]
+        return np.stack([row @ kernel + v["biases"][task] for row in shared])
+    own = v["tasks"][task]
+    if config.combine == "add":
+        return shared + own
+    return np.concatenate([shared, own], 0 if config.combine == "concat" else 1)
+
+
+def mpt(v: dict[str, np.ndarray], config: Any, task: int) -> np.ndarray:
+    pairs = zip(v["left"][task].T, v["right"][task], strict=True)
+    return v["prompt"] * sum(np.outer(one, other) for one, other in pairs)
+
+
+TASKS: dict[str, Callable] = {"multitask": multitask, "mpt": mpt}
+
 PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T5-large
     "soft": ({"length": 100}, 768, 76_800),
     "residual": ({"length": 100, "hidden": 400}, 1024, 925_072),
@@ -150,6 +169,7 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
     "dept": ({"length": 60, "rank": 30, "positions": 256}, 768, 76_800),
     "adept": ({"length": 60, "rank": 19}, 768, 76_051),
     "smop": ({"length": 5, "prompts": 4}, 768, 18_432),
+    "mpt": ({"length": 100}, 768, 77_668),
 }
 
 
@@ -159,8 +179,9 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
 def inputs_of(batch: Batch, keys: jax.Array | None = None) -> MethodInputs:
     embeds = jnp.asarray(PARAMS["token_embedder"]["embedding"])[batch.encoder_ids_BS]
     return MethodInputs(
-        embeds, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG, keys
-    )
+        embeds, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG, keys,
+        batch.task_index_BG,
+    )  # fmt: skip
 
 
 def values_of(method: PromptMethod, inputs: MethodInputs) -> PromptValues:
@@ -223,6 +244,12 @@ def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: 
                 want = DELTAS[name](v, config, number, embedding)
                 np.testing.assert_allclose(values.input_delta[b, s], want, **close)
         assert not np.asarray(values.input_delta)[~text].any()
+    if name in TASKS:
+        assert values.encoder.shape == (3, METHODS[name].slots(config), CONFIG.d_model)
+        np.testing.assert_array_equal(values.prompt_index_BG, batch.task_index_BG)
+        assert np.unique(batch.task_index_BG).tolist() == [0, 1, 2]
+        for task, rows in enumerate(values.encoder):
+            np.testing.assert_allclose(rows, TASKS[name](v, config, task), **close)
     if name in MIXTURES:
         for b, g in np.ndindex(2, 3):
             ids = batch.encoder_ids_BS[b][text[b] & (segments_BS[b] == g + 1)]
@@ -267,6 +294,9 @@ class TestEveryMethod:
         if info.fold is None:
             assert config.name in ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe")
             return
+        if info.task_parts:
+            assert_tasks_fold(case)
+            return
         plain = info.fold(shaken(config), config)
         assert plain.config.name in ("soft", "p-tuning-v2")
         assert info.slots(config) == METHODS[plain.config.name].slots(plain.config)
@@ -281,6 +311,25 @@ class TestEveryMethod:
         config = config_of(case)
         again = schema.from_mapping(MethodConfig, schema.to_mapping(config), "here")
         assert again == config and type(again) is METHODS[config.name].config
+
+
+def assert_tasks_fold(case: str) -> None:
+    """Of parts for several tasks each one's fold, which then make a bank."""
+    config, values = config_of(case), shaken(config_of(case))
+    info, alone = METHODS[config.name], config_of(case, tasks=[])
+    plain = []
+    for task in range(3):
+        own = {
+            name: value[task : task + 1] if name in info.task_parts else value
+            for name, value in values.items()
+        }
+        folded = info.fold(own, alone)
+        assert folded.config.name == "soft" and info.slots(config) == folded.config.length
+        plain.append(METHODS["soft"].make(folded.values, folded.config))
+    batch = packed(case)
+    bank = dataclasses.replace(batch, prompt_index_BG=batch.task_index_BG)
+    want, _ = losses(make(case), batch)
+    np.testing.assert_allclose(losses(PromptBank(plain), bank)[0], want, atol=1e-5, rtol=1e-5)
 
 
 def _end(ids: np.ndarray) -> int:
@@ -370,6 +419,9 @@ WRONG = {
     "noise": ("smop", {"noise": -1}, "method.noise is -1"),
     "another's option": ("soft", {"rank": 3}, "unknown key 'rank'"),
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
+    "mpt rank": ("mpt", {"rank": 5}, "method.rank 5 is larger than the prompt, method.length 4"),
+    "task length": ("multitask", {"task_length": 2}, "method.combine 'add' has none: leave it out"),
+    "init task": ("mpt", {"init_task": "first"}, "init_task is 'first', but method.init is 'vocab"),
 }
 
 

@@ -20,12 +20,13 @@ CONFIG = T5Config(
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One segment: encoder ids with slots as -1 - slot, target ids, the prompt it uses."""
+    """One segment: encoder ids with slots as -1 - slot, target ids, its prompt and its task."""
 
     encoder: Sequence[int]
     target: Sequence[int]
     prompt: int = 0
     decoder_slots: int = 0
+    task: int = 0
 
 
 def make_params(config: T5Config = CONFIG, seed: int = 0) -> dict:
@@ -72,6 +73,7 @@ def make_batch(
         "loss_weights_BT": np.zeros((count, decoder), np.float32),
         "prompt_index_BG": np.zeros((count, segments), np.int32),
         "example_index_BG": np.full((count, segments), -1, np.int32),
+        "task_index_BG": np.zeros((count, segments), np.int32),
     }
     number = 0
     for b, row in enumerate(rows):
@@ -93,6 +95,7 @@ def make_batch(
                 t += 1
             fields["decoder_segments_BT"][b, start:t] = g + 1
             fields["prompt_index_BG"][b, g] = example.prompt
+            fields["task_index_BG"][b, g] = example.task
             fields["example_index_BG"][b, g] = number
             number += 1
     return Batch(**fields)

@@ -6,13 +6,14 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxprompt.data.layout import LaidRow, Layout
 from jaxprompt.data.packing import EncodedExample, fitted_buckets, fitted_rows, sizes_of
 from jaxprompt.data.sources import Source
-from jaxprompt.data.stream import Shapes
+from jaxprompt.data.stream import Shapes, row_order
 from jaxprompt.data.tasks import Example, Task
 from jaxprompt.data.tokenizer import Tokenizer
 from jaxprompt.typing import UserError
@@ -156,6 +157,35 @@ class TaskEncoder:
             target_ids = [*ids[:room], self.tokenizer.eos_id] if ids else []
             encoded.append(EncodedExample(row.ids, row.slots, target_ids, index, prompt))
         return encoded
+
+    def encode_rows(
+        self,
+        source: Source,
+        rows: Sequence[int],
+        cuts: Cuts,
+        *,
+        task: int = 0,
+        offset: int = 0,
+    ) -> list[EncodedExample]:
+        """The examples of a source's rows, numbered as they are.
+
+        Args:
+          task: the task's number in a mixture.
+          offset: added to the examples' numbers.
+        """
+        examples = [self.task.example(source[row], source.where(row)) for row in rows]
+        encoded = self.encode(examples, [row + offset for row in rows], cuts)
+        if not task:
+            return encoded
+        return [dataclasses.replace(example, task_index=task) for example in encoded]
+
+    def rows_of(self, source: Source) -> int:
+        """How many rows there are, which a run that goes on has to find again."""
+        return len(source)
+
+    def order(self, source: Source, seed: int) -> Any:
+        """Draw n -> a row of the source, see `stream.row_order`."""
+        return row_order(len(source), seed, self.config.shuffle)
 
     @property
     def longest(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ class EncodedExample:
       target_ids: token ids with the end token last; may be empty when there is nothing to predict.
       index: the example's number in its source.
       prompt_index: which prompt of a bank it uses.
+      task_index: which task of a mixture it is of.
     """
 
     encoder_ids: Sequence[int] | np.ndarray
@@ -33,6 +34,7 @@ class EncodedExample:
     target_ids: Sequence[int]
     index: int
     prompt_index: int = 0
+    task_index: int = 0
 
 
 Row = list[EncodedExample]
@@ -277,6 +279,7 @@ def batch_of_rows(
     encoder_slots_BS = np.full(shape, -1, np.int32)
     encoder_segments_BS = np.zeros(shape, np.int32)
     prompt_index_BG = np.zeros((batch_size, max_segments), np.int32)
+    task_index_BG = np.zeros((batch_size, max_segments), np.int32)
     example_index_BG = np.full((batch_size, max_segments), -1, np.int32)
     for number, row in enumerate(rows):
         at = 0
@@ -288,6 +291,7 @@ def batch_of_rows(
             encoder_slots_BS[number, here] = slots
             encoder_segments_BS[number, here] = segment + 1
             prompt_index_BG[number, segment] = example.prompt_index
+            task_index_BG[number, segment] = example.task_index
             example_index_BG[number, segment] = example.index
     answers = [[example.target_ids for example in row] for row in rows]
     decoder = _decoder_side(answers, (batch_size, target_length), pad_id, start_id)
@@ -302,6 +306,7 @@ def batch_of_rows(
         "loss_weights_BT": decoder.weights,
         "prompt_index_BG": prompt_index_BG,
         "example_index_BG": example_index_BG,
+        "task_index_BG": task_index_BG,
     }
     return Batch(**arrays)
 

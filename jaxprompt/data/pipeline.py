@@ -1,4 +1,4 @@
-"""A task's rows to batches: endless and shuffled for training, in order and finite for evaluation.
+"""Rows to batches: endless and shuffled for training, in order and finite for evaluation.
 
 Training: `TrainBatches`. Evaluation and prediction: `eval_chunks` over examples from any source or
 stream; each chunk's batches carry positions in the chunk (`example_index_BG`), so results can be
@@ -9,29 +9,29 @@ once for all of them.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxprompt.data.encoder import Cuts, TaskEncoder, packed_shapes
+from jaxprompt.data.mixture import MixedEncoder
 from jaxprompt.data.packing import EncodedExample, Row, candidates_of_rows, sizes_of
 from jaxprompt.data.sources import Source
-from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions, row_order
+from jaxprompt.data.stream import BatchStream, Shapes, State, StreamOptions
 from jaxprompt.data.tasks import Example, Task
 from jaxprompt.typing import Batch, Candidates, UserError
 
 
 class TrainBatches:
-    """An endless iterator of a task's training batches with `get_state`, `set_state` and `report`.
+    """An endless iterator of training batches with `get_state`, `set_state` and `report`.
 
     Attributes:
-      example_count: rows of the source.
       shapes: what batches look like.
       input_buckets: for an evaluation of like shapes that does not pack.
     """
 
     def __init__(
         self,
-        encoder: TaskEncoder,
-        source: Source,
+        encoder: TaskEncoder | MixedEncoder,
+        source: Any,
         *,
         seed: int = 0,
         row_multiple: int = 1,
@@ -41,13 +41,13 @@ class TrainBatches:
         """Looks at a sample of the rows to choose shapes; starts at the first batch.
 
         Args:
+          encoder, source: of a task, its `Source`; of a mixture, its `MixedSource`.
           seed: of the order; batches are a function of encoder, source, seed and row_multiple.
           row_multiple: packed rows of a batch are a multiple of it.
           process_index, process_count: this process's share of every batch's rows.
         """
         config = encoder.config
         self._encoder, self._source, self._cuts = encoder, source, Cuts()
-        self.example_count = len(source)
         sizes = encoder.sample_sizes(source)
         self.input_buckets = encoder.input_buckets(sizes)
         if config.packing:
@@ -56,7 +56,7 @@ class TrainBatches:
             )
         else:
             self.shapes = Shapes(config.batch_size, self.input_buckets, encoder.target_buckets)
-        self._order = row_order(len(source), seed, config.shuffle)
+        self._rows, self._order = encoder.rows_of(source), encoder.order(source, seed)
         options = StreamOptions(
             shapes=self.shapes,
             pad_id=encoder.tokenizer.pad_id,
@@ -80,7 +80,7 @@ class TrainBatches:
         """JSON-ready position after the batch last given out."""
         return {
             **self._stream.get_state(),
-            "rows": self.example_count,
+            "rows": self._rows,
             "shapes": self.shapes.to_state(),
         }
 
@@ -89,9 +89,9 @@ class TrainBatches:
 
         Raises: UserError if the source has not the number of rows it had then.
         """
-        if state["rows"] != self.example_count:
+        if state["rows"] != self._rows:
             raise UserError(
-                f"the training data has {self.example_count} rows, the run was started with"
+                f"the training data has {self._rows} rows, the run was started with"
                 f" {state['rows']}; bring the data back or start a new run"
             )
         shapes = Shapes.from_state(state["shapes"])
@@ -123,9 +123,7 @@ class TrainBatches:
 
     def _draw(self, draws: Sequence[int]) -> list[EncodedExample | None]:
         rows = [int(self._order[number]) for number in draws]
-        task, source = self._encoder.task, self._source
-        examples = [task.example(source[row], source.where(row)) for row in rows]
-        return [*self._encoder.encode(examples, rows, self._cuts)]
+        return [*self._encoder.encode_rows(self._source, rows, self._cuts)]
 
 
 class Asked(NamedTuple):

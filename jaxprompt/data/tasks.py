@@ -6,6 +6,7 @@ the same keys under `task:` in a run's config. No task needs code.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,28 @@ from jaxprompt.data.readers import Fields
 from jaxprompt.data.sources import Source, SourceConfig, open_source
 from jaxprompt.data.templates import fill, hole_names, parse_template
 from jaxprompt.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedTask:
+    """One task of a mixture.
+
+    Attributes:
+      rate: its share of the training examples, relative to the others' rates; null for all = their
+        numbers of rows.
+      cap: rows that count at most where rates go by numbers of rows; T5's limit.
+      task: the keys of a `TaskConfig`; a run's config may give a listed task's name instead.
+    """
+
+    rate: float | None = None
+    cap: int = 2**19
+    task: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.rate is not None and not self.rate > 0:
+            raise UserError(f"rate is {self.rate}, it has to be above 0; or leave the task out")
+        if self.cap < 1:
+            raise UserError(f"cap is {self.cap}, it has to be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +57,8 @@ class TaskConfig:
       positive_label: the candidate that F1 looks for.
       group: template of a key that says which rows are scored together (MultiRC: a question's).
       replace: text -> replacement, carried out in every text field of a row, in this order.
+      mixture: tasks to train on together, by name, in place of all the above but `name` and
+        `description`; in a run's config also a list of listed tasks, or their rates.
     """
 
     name: str = ""
@@ -47,6 +72,27 @@ class TaskConfig:
     positive_label: str = ""
     group: str = ""
     replace: dict[str, str] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, MixedTask] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.mixture:
+            return
+        if len(self.mixture) == 1:
+            raise UserError(f"mixture has one task only; write task: {next(iter(self.mixture))}")
+        for name in self.mixture:
+            if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+                raise UserError(f"mixture has the name {name!r}, which cannot name a directory")
+        for field in dataclasses.fields(self):
+            if field.name in ("name", "description", "mixture"):
+                continue
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if getattr(self, field.name) != default:
+                raise UserError(
+                    f"{field.name} is given beside mixture, whose tasks have their own: put it "
+                    f"under mixture.NAME.task"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from jaxprompt.prompts.base import MethodConfig, MethodInfo, MethodInputs, NoPro
 from jaxprompt.prompts.delta import ADEPT, DEPT
 from jaxprompt.prompts.low_rank import DPT, LOPT
 from jaxprompt.prompts.mixture import PT_MOE, SMOP
+from jaxprompt.prompts.multitask import MPT, MULTITASK
 from jaxprompt.prompts.p_tuning import P_TUNING
 from jaxprompt.prompts.p_tuning_v2 import P_TUNING_V2
 from jaxprompt.prompts.prefix import PREFIX
@@ -27,6 +28,8 @@ METHODS: dict[str, MethodInfo] = {
         ADEPT,
         SMOP,
         PT_MOE,
+        MULTITASK,
+        MPT,
     )
 }
 

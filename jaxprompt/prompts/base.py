@@ -90,8 +90,9 @@ class MethodInputs:
       embeds_BSD: input embeddings (zero-information at slots: the pad token's row).
       slots_BS: slot index, -1 = a token.
       segments_BS: segment ids, 0 = padding.
-      prompt_index_BG: prompt (or task) of each segment.
+      prompt_index_BG: prompt of each segment.
       keys_B: random keys of each row in training, for methods that draw; None when they are used.
+      task_index_BG: task of each segment, for methods with parts for each; None = there is one.
     """
 
     embeds_BSD: Array
@@ -99,6 +100,7 @@ class MethodInputs:
     segments_BS: Array
     prompt_index_BG: Array
     keys_B: Array | None = None
+    task_index_BG: Array | None = None
 
 
 class Constant(nnx.Param):
@@ -171,6 +173,8 @@ class MethodInfo:
       fold: (values, config) -> a plain prompt; None = cannot be folded.
       slots: config -> encoder slots that an example has.
       draws: config -> whether it draws in training.
+      task_parts: names of values with a part for each of several tasks on their first axis; such a
+        method's options have `tasks`, their names, and it folds where there is one.
     """
 
     formula: str
@@ -183,6 +187,7 @@ class MethodInfo:
     fold: Callable[..., Folded] | None = None
     slots: Callable[[MethodConfig], int] = lambda config: config.length
     draws: Callable[..., bool] = lambda config: False
+    task_parts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

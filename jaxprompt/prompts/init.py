@@ -5,7 +5,8 @@ needs no backbone and no file format.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ class InitContext:
       encode: text -> ids, without `</s>`.
       candidates: label words of the task.
       load: path of an artifact or .npy -> float32 [P', D].
+      artifact: path of an artifact of this backbone -> its method's options and its values.
     """
 
     sizes: Sizes
@@ -33,6 +35,7 @@ class InitContext:
     encode: Callable[[str], list[int]]
     candidates: tuple[str, ...] = ()
     load: Callable[[str], np.ndarray] | None = None
+    artifact: Callable[[str], tuple[Mapping[str, Any], Mapping[str, np.ndarray]]] | None = None
 
 
 def initial_rows(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:

@@ -4,9 +4,11 @@ Called by `config` for a run's options and by any room that reads a typed mappin
 """
 
 from jaxprompt.schema.text import (
+    KeyPath,
     Where,
     apply_overrides,
     configs_directory,
+    describe,
     plain,
     read_yaml,
     set_values,
@@ -15,9 +17,11 @@ from jaxprompt.schema.text import (
 from jaxprompt.schema.typed import dump, from_mapping, to_mapping, variants
 
 __all__ = [
+    "KeyPath",
     "Where",
     "apply_overrides",
     "configs_directory",
+    "describe",
     "dump",
     "from_mapping",
     "plain",
