@@ -289,10 +289,15 @@ def _find(path_or_name: str | Path) -> Path:
 def with_tasks(config: C) -> C:
     """The run with the tasks of its mixture where the method has parts for each.
 
-    Raises: UserError if the config names others.
+    Raises: UserError if the config names others, or a task's parts to begin from without a prompt.
     """
     if not isinstance(config, RunConfig) or not METHODS[config.method.name].task_parts:
         return config
+    if (wanted := getattr(config.method, "init_task", "")) and config.method.init != "prompt":
+        raise UserError(
+            f"method.init_task is {wanted!r}, but method.init is {config.method.init!r}: it picks "
+            "a task's parts of the artifact at method.init_path, with method.init=prompt"
+        )
     names, given = tuple(config.task.mixture), getattr(config.method, "tasks", ())
     if given and given != names:
         raise UserError(

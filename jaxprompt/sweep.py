@@ -137,8 +137,8 @@ def summary(plan: Sweep, result: SweepResult, words: Sequence[str]) -> str:
     if found:
         setting = max(found, key=lambda one: one.mean or 0.0)
         _, name = max((one.best for one in found if one.best), key=lambda pair: pair[0])
-        best, together = result.results[name].prompt, [
-            shlex.quote(str(result.results[other].prompt)) for other in setting.names
+        best, together = result.results[name].answering, [
+            shlex.quote(str(result.results[other].answering)) for other in setting.names
         ]  # fmt: skip
         lines += ["", "next:", f"  jaxprompt inspect {shlex.quote(str(best))}"]
         if len(together) > 1:

@@ -45,10 +45,8 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
         ["bare backbone", *(result.bare[name] for name in names)],
         [f"{what} (step {result.best_step:,})", *(result.metrics[name] for name in names)],
     ]
-    first = next(iter(config.task.mixture), "")
-    task = part_config(config, first).task
-    usable = result.output_dir / "tasks" / first / "best" if first else result.prompt
-    prompt, has_test = shlex.quote(str(usable)), has_split(task.source, "test")
+    task = part_config(config, next(iter(config.task.mixture), "")).task
+    prompt, has_test = shlex.quote(str(result.answering)), has_split(task.source, "test")
     lines = [
         "",
         table(rows, header=["validation, %", *names]),

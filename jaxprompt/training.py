@@ -70,6 +70,7 @@ class TrainResult:
       prompt_bytes, backbone_bytes: the artifact's files; the backbone's parameters.
       finished: False if a SIGTERM stopped it; the same command goes on.
       diverged: the step at which its numbers were not finite, one of several; 0 = none.
+      tasks: names of a mixture's; each has its own artifact, in `tasks/NAME/best`.
     """
 
     output_dir: Path
@@ -85,6 +86,12 @@ class TrainResult:
     backbone_bytes: int
     finished: bool
     diverged: int = 0
+    tasks: Sequence[str] = ()
+
+    @property
+    def answering(self) -> Path:
+        """An artifact that answers a task: of several tasks the first one's."""
+        return self.output_dir / "tasks" / self.tasks[0] / "best" if self.tasks else self.prompt
 
     @property
     def score(self) -> float:
@@ -277,6 +284,7 @@ def train_together(
             backbone_bytes=size_in_bytes(backbone.params),
             finished=progress.finished,
             diverged=progress.diverged,
+            tasks=tuple(one.config.task.mixture),
         )
         for one, progress in zip(trainees, all_progress, strict=True)
     ]

@@ -421,7 +421,6 @@ WRONG = {
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
     "mpt rank": ("mpt", {"rank": 5}, "method.rank 5 is larger than the prompt, method.length 4"),
     "task length": ("multitask", {"task_length": 2}, "method.combine 'add' has none: leave it out"),
-    "init task": ("mpt", {"init_task": "first"}, "init_task is 'first', but method.init is 'vocab"),
 }
 
 

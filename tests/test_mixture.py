@@ -177,6 +177,8 @@ def test_other_tasks_in_the_method_are_refused():
         load_config("quickstart", [
             "task={mixture: [demo-kind, demo-topic]}", "method={name: mpt, tasks: [a, b]}",
         ])  # fmt: skip
+    with pytest.raises(UserError, match=r"init_task is 'demo-kind', but method.init is 'vocab'"):
+        load_config("quickstart", ["method.name=mpt", "method.init_task=demo-kind"])
 
 
 # ---- runs ----------------------------------------------------------------------------------------

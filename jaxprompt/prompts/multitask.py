@@ -46,14 +46,6 @@ class SharedConfig(MethodConfig):
     tasks: tuple[str, ...] = ()
     init_task: str = ""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.init_task and self.init != "prompt":
-            raise UserError(
-                f"method.init_task is {self.init_task!r}, but method.init is {self.init!r}: it "
-                "picks a task's parts of the artifact at method.init_path, with method.init=prompt"
-            )
-
     @property
     def count(self) -> int:
         """T, of tasks."""
