@@ -47,7 +47,7 @@ def complete_mixture(mapping: Mapping[str, Any], where: schema.Where) -> dict[st
         own = schema.from_mapping(TaskConfig, entry["task"], schema.Where(where.at(path), places))
         if own.mixture:
             raise UserError(f"{where.at(path)}: {name} of task.mixture is a mixture itself")
-        entries[name] = {**entry, "task": schema.to_mapping(own)}
+        entries[name] = {**entry, "task": {**schema.to_mapping(own), "name": own.name or name}}
     return {**mapping, "task": {**task, "mixture": entries}}
 
 
