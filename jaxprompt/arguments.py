@@ -187,6 +187,19 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     json_argument(parser)
 
 
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt compare`."""
+    run_arguments(parser)
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="take this method of the config alone; may be given several times",
+    )
+    json_argument(parser)
+
+
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt train` and `pretrain`."""
     run_arguments(parser)

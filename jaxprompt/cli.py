@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import jaxprompt
 from jaxprompt import allocator, joining
 from jaxprompt.arguments import (
+    compare_arguments,
     convert_arguments,
     evaluate_arguments,
     import_arguments,
@@ -169,6 +170,12 @@ _COMMANDS = {
         inspect_arguments,
         "show a prompt: method, size, backbone, nearest vocabulary tokens of each slot",
         "jaxprompt inspect runs/quickstart/prompt",
+    ),
+    "compare": _Command(
+        "compare",
+        compare_arguments,
+        "train several prompt methods with several seeds each, and put them in one table",
+        "jaxprompt compare compare --only soft --only residual",
     ),
     "convert": _Command(
         "convert",

@@ -208,6 +208,7 @@ def load_config(
       is suggested), a missing key or a wrong type; with file and line, or the override.
     """
     mapping, where = read_config(path_or_name, overrides)
+    refuse_comparison(mapping, where)
     if kind is RunConfig and "sweep" in mapping:
         raise UserError(
             f"{where.at(('sweep',))}: this config has a sweep, so it is several runs; "
@@ -219,10 +220,18 @@ def load_config(
 def read_config(
     path_or_name: str | Path, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], schema.Where]:
-    """The file's mapping, with the overrides of its sweep."""
+    """The file's mapping, with the overrides of what makes it several runs."""
     mapping, where = schema.read_yaml(_find(path_or_name))
-    own = [override for override in overrides if override.startswith(("sweep.", "sweep="))]
+    own = [override for override in overrides if _of_several(override)]
     return schema.apply_overrides(mapping, where, own)
+
+
+def refuse_comparison(mapping: Mapping[str, Any], where: schema.Where) -> None:
+    """Raises: UserError for a config that has a `compare:`."""
+    if "compare" in mapping:
+        raise UserError(
+            f"{where.at(('compare',))}: this config compares methods; `jaxprompt compare` runs it"
+        )
 
 
 def resolved(
@@ -233,7 +242,7 @@ def resolved(
     settings: Sequence[tuple[str, Any, str]] = (),
 ) -> C:
     """A run's options, of a mapping with overrides and then a sweep's settings on top."""
-    overrides = [one for one in overrides if not one.startswith(("sweep.", "sweep="))]
+    overrides = [one for one in overrides if not _of_several(one)]
     # A task named on the command line comes first: `task=NAME task.sub=value` works in any order.
     whole = [override for override in overrides if override.startswith(("task=", "task.preset="))]
     parts = [override for override in overrides if override not in whole]
@@ -267,6 +276,11 @@ def config_names(folder: str = "") -> list[str]:
     return sorted(
         path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
     )
+
+
+def _of_several(override: str) -> bool:
+    """Whether it changes a `sweep:` or `compare:`."""
+    return override.partition("=")[0].partition(".")[0] in ("sweep", "compare")
 
 
 def _find(path_or_name: str | Path) -> Path:

@@ -78,12 +78,19 @@ class SweepRow(NamedTuple):
     majority: float
 
 
-def write_sweep_plot(png: Path | str, rows: Sequence[SweepRow], *, title: str = "") -> str:
+def write_sweep_plot(
+    png: Path | str,
+    rows: Sequence[SweepRow],
+    *,
+    title: str = "",
+    what: str = "best validation score, %",
+) -> str:
     """Draws the scores of every setting, one below the other: a dot a run, a bar at their mean.
 
     Args:
       png: replaced as a whole; its directory is made where missing.
       rows: scores in percent, from the top.
+      what: the scores.
     Returns: as `write_run_plot`.
     """
     drawing = _drawing()
@@ -108,7 +115,7 @@ def write_sweep_plot(png: Path | str, rows: Sequence[SweepRow], *, title: str = 
                       label="mean" if first else None, **{**marks, "zorder": 3})  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("best validation score, %")
+    axes.set_xlabel(what)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -41,7 +41,8 @@ def kind_of(name: str) -> type:
 
 
 SWEEPS = {"sweep": 6} | {f"paper/{size}": 18 for size in ("small", "base", "large", "xl", "xxl")}
-SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SWEEPS]
+SEVERAL = {*SWEEPS, "compare"}  # tests/test_compare.py reads the latter
+SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SEVERAL]
 
 
 @pytest.mark.parametrize("name", SINGLE)

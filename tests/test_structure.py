@@ -25,6 +25,7 @@ HOUSE = [
     ["steps"],
     [
         "answerer",
+        "compare_config",
         "compiled",
         "config",
         "generation",
@@ -39,6 +40,7 @@ HOUSE = [
     [
         "api",
         "arguments",
+        "compare",
         "convert",
         "evaluate",
         "importing",
@@ -68,6 +70,11 @@ NEIGHBOURS = {
     ("loop", "step_metrics"),
     ("step_metrics", "members"),
     ("sweep", "training"),
+    ("compare", "evaluate"),
+    ("compare", "sweep"),
+    ("compare", "training"),
+    ("compare_config", "config"),
+    ("compare_config", "sweep_config"),
     ("planning", "compiled"),
     ("planning", "config"),
     ("planning", "trainee"),
