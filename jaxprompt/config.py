@@ -329,7 +329,7 @@ def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
     if recipe is None:
         return dict(mapping)
     is_soft = method.get("name", MethodConfig.name) == MethodConfig.name
-    has_labels = bool(task.get("candidates") or task.get("labels"))
+    has_labels = any(task.get(key) for key in ("candidates", "labels", "init_words"))
     fixed = {
         "data": {"batch_size": recipe.batch_size},
         "backbone": {"dropout": recipe.dropout},

@@ -138,7 +138,7 @@ def initial_values(config: RunConfig, backbone: Backbone, task: Task) -> dict[st
         vocab_size=backbone.tokenizer.size,
         rows=backbone.embedding_rows,
         encode=backbone.tokenizer.encode,
-        candidates=tuple(task.candidates),
+        candidates=task.candidates or task.config.init_words,
         load=_rows_of,
     )
     key = jax.random.key(config.seed)

@@ -17,7 +17,8 @@ HOUSE = [
     ["typing"],
     [
         *("allocator", "arraystore", "files", "hosts", "identity", "logging", "losses"),
-        *("metrics", "plots", "quantize", "recipes", "schema", "sharding", "tensorfile", "trees"),
+        *("metrics", "plots", "quantize", "recipes", "schema", "sharding", "similarity"),
+        *("tensorfile", "trees"),
     ],
     ["prompts", "t5"],
     ["data", "model"],
@@ -66,6 +67,7 @@ NEIGHBOURS = {
     ("answerer", "generation"),
     ("config", "loop"),
     ("inference", "generation"),
+    ("metrics", "similarity"),
     ("loop", "members"),
     ("loop", "step_metrics"),
     ("step_metrics", "members"),
