@@ -30,12 +30,15 @@ class KeysValuesConfig(MethodConfig):
     Attributes:
       places: which attentions have them: "encoder", "decoder", "cross".
       init_std: of the normal distribution that first values are drawn from.
+      before_text: whether keys of self-attentions stand at the positions before the text and take
+        the relative bias there, as Hugging Face PEFT's do; else they stand nowhere.
     """
 
     name: str = "p-tuning-v2"
     length: int = 20
     places: tuple[str, ...] = ("encoder", "decoder", "cross")
     init_std: float = 0.02
+    before_text: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,12 +62,15 @@ class PTuningV2(PromptMethod):
             for place in self.config.places
             for keys, values in [names_of(place)]
         }
-        return prompt_values(pairs)
+        return prompt_values(pairs, self.config)
 
 
-def prompt_values(pairs: dict[str, tuple[Array, Array]]) -> PromptValues:
+def prompt_values(pairs: dict[str, tuple[Array, Array]], config: KeysValuesConfig) -> PromptValues:
     """Prompt values of keys and values [N, Q, P, H, K] by place."""
-    made: dict[str, Any] = {PLACES[place]: KeysValues(*pair) for place, pair in pairs.items()}
+    made: dict[str, Any] = {
+        PLACES[place]: KeysValues(*pair, before_text=config.before_text and place != "cross")
+        for place, pair in pairs.items()
+    }
     return PromptValues(**made)
 
 
