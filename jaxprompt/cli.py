@@ -18,6 +18,8 @@ import jaxprompt
 from jaxprompt import allocator, joining
 from jaxprompt.arguments import (
     convert_arguments,
+    early_stopping,
+    export_arguments,
     import_arguments,
     json_argument,
     methods_arguments,
@@ -28,7 +30,7 @@ from jaxprompt.arguments import (
     train_arguments,
 )
 
-_PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
+_PROMPT_HELP = "a prompt artifact (the directory that training wrote), PEFT's, or a .npy file"
 _BARE_HELP = "`none` is the bare backbone that --backbone names"
 _INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
 _BROKEN_PIPE = 141
@@ -183,7 +185,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     options = (
         ("--num-beams", int, 1, "N", "width of a beam search (1 = none)"),
         ("--length-penalty", float, 1.0, "X", "beams: log-probability / length ** X (1.0)"),
-        ("--early-stopping", _early_stopping, False, "true|false|never", early),
+        ("--early-stopping", early_stopping, False, "true|false|never", early),
         ("--temperature", float, 0.0, "X", "above 0 draws tokens at random (0 = the likeliest)"),
         ("--top-k", int, 0, "K", "draw from the K likeliest tokens (0 = from all)"),
         ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P (1.0 = all)"),
@@ -267,13 +269,6 @@ def _prompt_field_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _early_stopping(text: str) -> bool | str:
-    known: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-    return known[text]
-
-
 class _Command(NamedTuple):
     """A command: the file that does it, its arguments, a line on it, an example."""
 
@@ -325,6 +320,12 @@ _COMMANDS = {
         import_arguments,
         "make a prompt artifact of another program's prompt",
         "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
+    ),
+    "export": _Command(
+        "exporting",
+        export_arguments,
+        "write a prompt artifact as another program's prompt",
+        "jaxprompt export runs/quickstart/prompt peft/quickstart --format peft",
     ),
     "plan": _Command(
         "plan",

@@ -24,6 +24,7 @@ COMMANDS = [
     "inspect",
     "convert",
     "import",
+    "export",
     "plan",
     "tasks",
     "methods",

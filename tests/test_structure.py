@@ -41,6 +41,7 @@ HOUSE = [
         "arguments",
         "convert",
         "evaluate",
+        "exporting",
         "importing",
         "inspection",
         "joining",

@@ -16,6 +16,7 @@ from jaxprompt.prompts.base import (
     MethodInputs,
     PromptMethod,
     Sizes,
+    Values,
 )
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.typing import Array, KeysValues, PromptValues, UserError
@@ -100,6 +101,18 @@ def _parameters(config: KeysValuesConfig, sizes: Sizes) -> int:
     return sum(2 * layers_of(place, sizes) * config.length * width for place in config.places)
 
 
+def _check(values: Values, config: KeysValuesConfig, sizes: Sizes) -> None:
+    for place in config.places:
+        layers, _, heads, size = values[names_of(place)[0]].shape
+        want = (layers_of(place, sizes), sizes.num_heads, sizes.d_kv)
+        if (layers, heads, size) != want:
+            stack = "encoder" if place == "encoder" else "decoder"
+            raise UserError(
+                f"the prompt has keys for {layers} layers with {heads} heads of size {size}, the "
+                f"backbone's {stack} has {want[0]} with {want[1]} of {want[2]}"
+            )
+
+
 def no_slots(config: MethodConfig) -> int:
     """Keys and values stand in no row."""
     return 0
@@ -113,5 +126,6 @@ P_TUNING_V2 = MethodInfo(
     make=PTuningV2,
     initial=_initial,
     parameters=_parameters,
+    check=_check,
     slots=no_slots,
 )

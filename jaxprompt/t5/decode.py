@@ -195,9 +195,8 @@ def advance(
     )
     x_BD = rms_norm(stack["decoder_norm"]["scale"], x_BTD[:, -1], config.layer_norm_epsilon)
     position = cache.position + length
-    return dataclasses.replace(cache, keys=keys, values=values, position=position), logits(
-        params, config, x_BD
-    )
+    cache = dataclasses.replace(cache, keys=keys, values=values, position=position)
+    return cache, logits(params, config, x_BD)
 
 
 def _encoded(

@@ -113,8 +113,8 @@ class Sight:
           own_HTS: of the row's own keys.
           prefix_HTP: from `prefix_bias`.
           places_BT: where in their segments these queries stand.
-        Returns: [H, T, S], zeros in front, where prefixes stand nowhere; else [B, H, T, S], in front
-          the same for every segment's prefix: a query sees its own.
+        Returns: [H, T, S], zeros in front, where prefixes stand nowhere; else [B, H, T, S], all
+          segments' prefixes alike: a query sees its own.
         """
         if prefix_HTP is None or places_BT is None:
             return jnp.pad(own_HTS, ((0, 0), (0, 0), (self.prefix, 0)))
