@@ -20,6 +20,7 @@ LENGTH = 4
 ENCODER_IDS = np.asarray([[5, 9, 3, 7, 8, 1], [4, 8, 6, 1, 0, 0]])
 DECODER_IDS = np.asarray([[0, 6, 2, 9, 5], [0, 3, 4, 4, 7]])
 TASK = 1  # of those of a multitask prompt
+NEW = 6  # tokens that are generated
 _SIZES = {
     "vocab_size": 144, "d_model": 12, "d_kv": 5, "d_ff": 16, "num_heads": 3,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6,
@@ -108,11 +109,12 @@ def make_adapter(case: Case, backbone: Path, target: Path) -> None:
     (target / "README.md").unlink()
 
 
-def ask(adapter: Path, backbone: Path) -> tuple[np.ndarray, np.ndarray, dict[str, bytes]]:
+def ask(adapter: Path, backbone: Path) -> tuple[dict[str, np.ndarray], dict[str, bytes]]:
     """PEFT's answers, and what it saves again.
 
-    Returns: logits [2, T, V] of its forward, on all but the rows that it puts before the decoder's
-      input; logits [2, V] of the first step of its generate; its files.
+    Returns: `forward`, its logits [2, T, V] but those of rows that it puts before the decoder's
+      input; `first`, logits [2, V] of the first step of its generate; `ids`, the NEW tokens of
+      that, which no end token ends. And its files.
     """
     import peft
     import torch
@@ -128,19 +130,26 @@ def ask(adapter: Path, backbone: Path) -> tuple[np.ndarray, np.ndarray, dict[str
             forward = model(**given, labels=labels).logits[:, -DECODER_IDS.shape[1] :]
         else:
             forward = model(**given, decoder_input_ids=torch.tensor(DECODER_IDS)).logits
-        first = model.generate(
-            **given, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
-        ).logits[0]
+        found = model.generate(
+            **given, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True,
+            eos_token_id=-1,
+        )  # fmt: skip
         again = adapter.parent / f"{adapter.name} again"
         model.save_pretrained(again)
     saved = {path.name: path.read_bytes() for path in again.iterdir()}
-    return forward.numpy(), first.numpy(), saved
+    answers = {"forward": forward, "first": found.logits[0], "ids": found.sequences[:, 1:]}
+    return {name: answer.numpy() for name, answer in answers.items()}, saved
 
 
-def write_golden(label: str, target: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A case's files as PEFT wrote them, at `target`; its answers as `ask` gives them."""
+def write_golden(label: str, target: Path) -> None:
+    """A case's files as PEFT wrote them, at `target`."""
     target.mkdir(parents=True)
     with np.load(GOLDEN) as golden:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (target / name).write_bytes(golden[f"{label}/{name}"].tobytes())
-        return golden[f"{label}/forward"], golden[f"{label}/first"]
+
+
+def golden_answers(label: str) -> dict[str, np.ndarray]:
+    """What PEFT answers, as `ask` has it."""
+    with np.load(GOLDEN) as golden:
+        return {name: golden[f"{label}/{name}"] for name in ("forward", "first", "ids")}

@@ -9,15 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import peft_cases
 import pytest
-from peft_cases import BACKBONES, CASES, DECODER_IDS, ENCODER_IDS, LENGTH, TASK
+import tiny
+from peft_cases import BACKBONES, CASES, DECODER_IDS, ENCODER_IDS, LENGTH, TASK, golden_answers
 
 import jaxprompt as jp
-from jaxprompt import cli
+from jaxprompt import cli, steps
 from jaxprompt.artifact import BackboneIdentity, PromptArtifact, load_artifact, save_artifact
+from jaxprompt.inference import put_on
 from jaxprompt.t5.backbones import fingerprint
+from jaxprompt.t5.search import Search
 from jaxprompt.tensorfile import write_safetensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -26,7 +30,7 @@ CLOSE = 1e-5
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Backbones, and the adapters that PEFT wrote, each under its name."""
+    """Backbones, and the adapters that PEFT wrote, each by its name."""
     root = tmp_path_factory.mktemp("peft")
     for name in BACKBONES:
         peft_cases.write_backbone(root, name)
@@ -66,12 +70,10 @@ def test_it_answers_as_in_peft_and_goes_out_as_it_came(
     assert ("generate does not" in err) == (label == "multitask")
     imported = load_artifact(prompt)
     assert imported.backbone.fingerprint == fingerprint(backbone)
-    with np.load(peft_cases.GOLDEN) as golden:
-        forward, first = golden[f"{label}/forward"], golden[f"{label}/first"]
-    got = logits(backbone, imported)
-    assert np.abs(got[:, 0] - first).max() <= CLOSE
+    want, got = golden_answers(label), logits(backbone, imported)
+    assert np.abs(got[:, 0] - want["first"]).max() <= CLOSE
     if label != "multitask":  # whose forward is not what its generate does
-        assert np.abs(got - forward).max() <= CLOSE
+        assert np.abs(got - want["forward"]).max() <= CLOSE
     assert np.abs(got - np.asarray(logits(backbone, None))).max() > 0.1
     code, told, err = run(capsys, "export", prompt, out, "--format", "peft", "--json")
     assert (code, err) == (0, "") and json.loads(told)["files"] == [*FILES, "README.md"]
@@ -81,10 +83,26 @@ def test_it_answers_as_in_peft_and_goes_out_as_it_came(
 
 def test_python_takes_a_peft_directory_as_it_is(world: Path):
     label = "prefix, two layers"
-    with np.load(peft_cases.GOLDEN) as golden:
-        want = golden[f"{label}/forward"]
     prompt = jp.load_prompt(str(world / label))
-    np.testing.assert_allclose(logits(backbone_of(world, label), prompt), want, atol=CLOSE)
+    got = logits(backbone_of(world, label), prompt)
+    np.testing.assert_allclose(got, golden_answers(label)["forward"], atol=CLOSE)
+
+
+def test_a_prefix_generates_what_it_generates_in_peft(world: Path):
+    """Greedy, with a cache."""
+    label = "prefix, three layers"
+    loaded = jp.load_backbone(str(backbone_of(world, label)))
+    config = dataclasses.replace(loaded.config, eos_id=-1)
+    loaded = dataclasses.replace(loaded, config=config)
+    prompted = put_on(loaded, jp.load_prompt(str(world / label)))
+    examples = [tiny.Example(ids[ids > 0].tolist(), [3]) for ids in ENCODER_IDS]
+    batch = tiny.make_batch([[example] for example in examples], ENCODER_IDS.shape[1], 1, 1)
+    program = jax.jit(steps.generate, static_argnums=0)
+    rules = Search(max_new_tokens=peft_cases.NEW).rules
+    trees = (prompted.graphdef, prompted.trained, prompted.frozen)
+    got = np.asarray(program(*trees, batch, rules=rules).ids_BT)
+    np.testing.assert_array_equal(got, golden_answers(label)["ids"])
+    assert len(np.unique(got)) > 3, "a model that says one thing shows nothing"
 
 
 def test_a_prompt_in_a_file_of_torch(world: Path, tmp_path: Path, capsys: Any):
@@ -155,9 +173,10 @@ def test_peft_answers_with_our_prompt_as_we_do(kind: str, world: Path, tmp_path:
     save_artifact(tmp_path / "p", ours)
     assert run(capsys, "export", tmp_path / "p", tmp_path / "out", "--format", "peft")[0] == 0
     backbone = Path(ours.backbone.name)
-    forward, first, again = peft_cases.ask(tmp_path / "out", backbone)
+    want, again = peft_cases.ask(tmp_path / "out", backbone)
     got = logits(backbone, ours)
-    assert np.abs(got - forward).max() <= CLOSE and np.abs(got[:, 0] - first).max() <= CLOSE
+    assert np.abs(got - want["forward"]).max() <= CLOSE
+    assert np.abs(got[:, 0] - want["first"]).max() <= CLOSE
     for name in FILES:
         assert again[name] == (tmp_path / "out" / name).read_bytes(), name
 
@@ -167,10 +186,12 @@ def test_peft_still_does_what_the_stored_answers_say(world: Path, tmp_path: Path
     pytest.importorskip("peft")
     for label in ("prompt tuning", "multitask", "prefix, two layers", "prefix, three layers"):
         adapter = tmp_path / label
-        want_forward, want_first = peft_cases.write_golden(label, adapter)
-        forward, first, again = peft_cases.ask(adapter, backbone_of(world, label))
-        np.testing.assert_allclose(forward, want_forward, atol=CLOSE)
-        np.testing.assert_allclose(first, want_first, atol=CLOSE)
+        peft_cases.write_golden(label, adapter)
+        answers, again = peft_cases.ask(adapter, backbone_of(world, label))
+        for name, answer in answers.items():
+            np.testing.assert_allclose(
+                answer, golden_answers(label)[name], atol=CLOSE, err_msg=f"{label} {name}"
+            )
         for name in FILES:
             assert again[name] == (adapter / name).read_bytes(), (label, name)
 

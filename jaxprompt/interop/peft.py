@@ -106,7 +106,7 @@ def read_peft(source: str, task: int | None = None) -> PromptArtifact | None:
         return None
     text, config = _config(place / CONFIG_NAME)
     kind = config.get("peft_type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(
             f"{place}/{CONFIG_NAME}: peft_type {kind} is no prompt that can be imported; "
             f"{', '.join(_KINDS)} are"
@@ -174,7 +174,7 @@ def peft_files(prompt: PromptArtifact, sizes: Sizes | None = None) -> dict[str, 
     return {
         CONFIG_NAME: text.encode("utf-8"),
         WEIGHTS_NAME: safetensors_bytes(tensors, "pt"),
-        CARD_NAME: card(parsed.get("base_model_name_or_path") or "").encode("utf-8"),
+        CARD_NAME: card(str(parsed.get("base_model_name_or_path") or "")).encode("utf-8"),
     }
 
 

@@ -20,8 +20,8 @@ def make() -> None:
         for label, case in peft_cases.CASES.items():
             adapter = Path(directory, label)
             peft_cases.make_adapter(case, backbones[case.backbone], adapter)
-            forward, first, again = peft_cases.ask(adapter, backbones[case.backbone])
-            arrays |= {f"{label}/forward": forward, f"{label}/first": first}
+            answers, again = peft_cases.ask(adapter, backbones[case.backbone])
+            arrays |= {f"{label}/{name}": answer for name, answer in answers.items()}
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 content = (adapter / name).read_bytes()
                 # a BF16 file is read into float32 parameters, so PEFT saves another
