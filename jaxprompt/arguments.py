@@ -2,7 +2,7 @@
 
 import argparse
 
-_PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
+_PROMPT_HELP = "a prompt artifact (the directory that training wrote), PEFT's, or a .npy file"
 _BARE_HELP = "`none` is the bare backbone that --backbone names"
 
 
@@ -133,7 +133,8 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a numpy file, a run of google-research/prompt-tuning, or its T5X checkpoint",
+        help="a PEFT directory, a numpy file, a run of google-research/prompt-tuning, or its T5X "
+        "checkpoint",
     )
     parser.add_argument("output", metavar="OUT", help="the prompt artifact to write, a directory")
     parser.add_argument(
@@ -150,9 +151,43 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         default="{prompt}{input}",
-        help="where its slots stand ({prompt}{input}, where google-research puts them)",
+        help="where its slots stand ({prompt}{input}, where PEFT and google-research put them)",
+    )
+    parser.add_argument(
+        "--peft-task",
+        type=natural,
+        metavar="N",
+        help="which task of a multitask prompt of PEFT, from 0 on",
     )
     json_argument(parser)
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt export`."""
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt artifact to take")
+    parser.add_argument(
+        "output", metavar="OUT", help="what to write: a directory for PEFT, a file for numpy"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("peft", "numpy"),
+        required=True,
+        help="the files of Hugging Face PEFT, or the slots as one array, as google-research has it",
+    )
+    parser.add_argument(
+        "--backbone",
+        metavar="B",
+        help="for PEFT: the prompt's backbone, of which only the config is read (as it says)",
+    )
+    json_argument(parser)
+
+
+def early_stopping(text: str) -> bool | str:
+    """`--early-stopping`, as an argument's type."""
+    known: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+    return known[text]
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +304,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     options = (
         ("--num-beams", int, 1, "N", "width of a beam search (1 = none)"),
         ("--length-penalty", float, 1.0, "X", "beams: log-probability / length ** X (1.0)"),
-        ("--early-stopping", _early_stopping, False, "true|false|never", early),
+        ("--early-stopping", early_stopping, False, "true|false|never", early),
         ("--temperature", float, 0.0, "X", "above 0 draws tokens at random (0 = the likeliest)"),
         ("--top-k", int, 0, "K", "draw from the K likeliest tokens (0 = from all)"),
         ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P (1.0 = all)"),
@@ -354,10 +389,3 @@ def _prompt_field_argument(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="the field of a row that names the one of the prompts which answers it",
     )
-
-
-def _early_stopping(text: str) -> bool | str:
-    known: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-    return known[text]

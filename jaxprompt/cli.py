@@ -20,6 +20,7 @@ from jaxprompt.arguments import (
     compare_arguments,
     convert_arguments,
     evaluate_arguments,
+    export_arguments,
     import_arguments,
     inspect_arguments,
     json_argument,
@@ -188,6 +189,12 @@ _COMMANDS = {
         import_arguments,
         "make a prompt artifact of another program's prompt",
         "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
+    ),
+    "export": _Command(
+        "exporting",
+        export_arguments,
+        "write a prompt artifact as another program's prompt",
+        "jaxprompt export runs/quickstart/prompt peft/quickstart --format peft",
     ),
     "plan": _Command(
         "plan",

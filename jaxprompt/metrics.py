@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprompt.similarity import refers, rouge_l, rouge_n, squad_match, token_f1
+from jaxprompt.text_match import refers, rouge_l, rouge_n, squad_match, token_f1
 from jaxprompt.typing import UserError
 
 _CELLS_AT_ONCE = 2**21  # resampled weights held in memory at a time: 16 MiB of float64

@@ -76,11 +76,14 @@ class KeysValues:
     Attributes:
       keys, values: [N, Q, P, H, K].
       mask_QP: bool, False at places of a prompt that is shorter than P; None = all have P.
+      before_text: whether they stand at the P positions before a segment and take the relative bias
+        there; else they stand nowhere and have none.
     """
 
     keys: Array
     values: Array
     mask_QP: Array | None = None
+    before_text: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -22,8 +22,10 @@ COMMANDS = [
     "evaluate",
     "predict",
     "inspect",
+    "compare",
     "convert",
     "import",
+    "export",
     "plan",
     "tasks",
     "methods",
@@ -45,7 +47,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
             seen.append(args)
             return work()
 
-        rooms = "train pretrain evaluate predict inspection convert importing plan listing"
+        rooms = (
+            "train pretrain evaluate predict inspection convert importing exporting plan listing"
+        )
         for room in rooms.split():
             fake = types.SimpleNamespace(main=main)
             monkeypatch.setitem(sys.modules, f"jaxprompt.{room}", fake)

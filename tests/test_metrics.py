@@ -19,7 +19,7 @@ from jaxprompt.metrics import (
     label_distribution,
     majority_baseline,
 )
-from jaxprompt.similarity import normalize_squad
+from jaxprompt.text_match import normalize_squad
 from jaxprompt.typing import UserError
 
 YES_NO = Extra(candidates=("no", "yes"), positive_label="yes")

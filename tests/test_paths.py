@@ -35,13 +35,14 @@ class Case:
     biased: bool = True
     prefix: bool = False
     prefix_mask: bool = False
+    before_text: bool = False
 
     def sight(self) -> Sight:
         segments = jnp.asarray(SEGMENTS)
         sight = Sight(segments, segments, causal=self.causal, max_distance=12)
         if self.prefix:
             mask = jnp.asarray(SHORT_MASK) if self.prefix_mask else None
-            sight = sight.behind_prefix(SLOTS, jnp.asarray(PROMPT_INDEX), mask)
+            sight = sight.behind_prefix(SLOTS, jnp.asarray(PROMPT_INDEX), mask, self.before_text)
         return sight
 
 
@@ -50,7 +51,7 @@ CASES = {
     "decoder": Case(causal=True),
     "cross": Case(biased=False),
     "encoder with prefix": Case(prefix=True),
-    "decoder with prefix": Case(causal=True, prefix=True),
+    "decoder with prefix before the text": Case(causal=True, prefix=True, before_text=True),
     "cross with a bank of unequal prompts": Case(biased=False, prefix=True, prefix_mask=True),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -174,10 +175,13 @@ def test_the_plain_path_is_attention_inside_each_segment(case: Case):
             if case.causal:
                 mask[0, :, len(slots) :] = np.tri(count, dtype=bool)
             if case.biased:
-                bias[:, :, len(slots) :] = relative_bias(
-                    jnp.asarray(given["table"]), jnp.asarray(own), jnp.asarray(own),
+                places = np.concatenate([slots - SLOTS + own[0], own])
+                bias[:] = relative_bias(
+                    jnp.asarray(given["table"]), jnp.asarray(own), jnp.asarray(places),
                     bidirectional=not case.causal, max_distance=12,
                 )  # fmt: skip
+                if not case.before_text:
+                    bias[:, :, : len(slots)] = 0
             query = given["query"][b, own][None]
             want = attend(query, keys[None], values[None], bias, jnp.asarray(mask))[0]
             np.testing.assert_allclose(got[b, own], want, atol=1e-5)

@@ -169,6 +169,8 @@ class MethodInfo:
       initial: (key, config, context) -> first values, float32; see `init.InitContext`.
       parameters: (config, sizes) -> number of trained scalars.
       fold: (values, config) -> a plain prompt; None = cannot be folded.
+      check: (values, config, sizes) -> raises UserError if the values do not fit the backbone; that
+        of embeddings of another width is not its matter.
       slots: config -> encoder slots that an example has.
       draws: config -> whether it draws in training.
     """
@@ -181,6 +183,7 @@ class MethodInfo:
     initial: Callable[..., dict[str, np.ndarray]]
     parameters: Callable[..., int]
     fold: Callable[..., Folded] | None = None
+    check: Callable[..., None] = lambda values, config, sizes: None
     slots: Callable[[MethodConfig], int] = lambda config: config.length
     draws: Callable[..., bool] = lambda config: False
 

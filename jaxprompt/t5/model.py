@@ -357,18 +357,20 @@ def _path(
 ) -> Path:
     """How a stack's attention is computed, with the keys of its trained prefixes in sight."""
     if prefix is not None:
-        sight = sight.behind_prefix(prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP)
+        sight = sight.behind_prefix(
+            prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP, prefix.before_text
+        )
     return choose(compute, sight, prompt_index_BG.shape[1])
 
 
-def _shared_bias(config: T5Config, path: Path, stack: ArrayTree) -> Array | None:
+def _shared_bias(config: T5Config, path: Path, stack: ArrayTree) -> Any:
     """What the path wants of a bias that all layers share; None where each has its own."""
     if config.per_layer_relative_bias:
         return None
     return path.prepare(stack["relpos_bias"]["rel_embedding"])
 
 
-def _layer_bias(path: Path, p: ArrayTree, shared: Array | None) -> Array | None:
+def _layer_bias(path: Path, p: ArrayTree, shared: Any) -> Any:
     return path.prepare(p["relpos_bias"]["rel_embedding"]) if shared is None else shared
 
 

@@ -4,7 +4,7 @@
 `windows.Windowed` of those only what their segments see. Called by `t5.model`.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxprompt.t5.attention import attend
 from jaxprompt.t5.chunks import CHUNK, Chunked
@@ -20,7 +20,7 @@ PACKED = {"cpu": 768}  # keys from which it takes windows, where rows hold sever
 class Path(Protocol):
     """A way to compute attention over the rows of one `Sight`."""
 
-    def prepare(self, table_HR: Array | None) -> Array | None:
+    def prepare(self, table_HR: Array | None) -> Any:
         """What `__call__` wants to know of the relative bias; None = there is none."""
         ...
 
@@ -29,7 +29,7 @@ class Path(Protocol):
         query_BTHK: Array,
         key_BSHK: Array,
         value_BSHK: Array,
-        prepared: Array | None,
+        prepared: Any,
         dropout_rate: float = 0.0,
         dropout_key: Array | None = None,
     ) -> Array:
@@ -45,7 +45,7 @@ class Plain:
         self.mask_BTS = sight.mask(0, sight.query_segments_BT)
 
     def prepare(self, table_HR: Array | None) -> Array | None:
-        """The whole bias, [H, T, S]."""
+        """The whole bias, [H, T, S], or [B, H, T, S] where prefixes have one too."""
         if table_HR is None:
             return None
         return self.sight.bias(table_HR)
