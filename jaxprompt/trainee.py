@@ -1,6 +1,8 @@
 """One of what a run trains: its options, data and first values, and what is kept of it."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprompt
-from jaxprompt.artifact import PromptArtifact, load_artifact, save_artifact
+from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact, save_artifact
 from jaxprompt.backbone import Backbone, identity_of
 from jaxprompt.config import RunConfig, step_options
 from jaxprompt.data.encoder import TaskEncoder
@@ -140,6 +142,7 @@ def initial_values(config: RunConfig, backbone: Backbone, task: Task) -> dict[st
         encode=backbone.tokenizer.encode,
         candidates=tuple(task.candidates),
         load=_rows_of,
+        source=functools.partial(_source_rows, backbone),
     )
     key = jax.random.key(config.seed)
     return METHODS[config.method.name].initial(key, config.method, context)
@@ -151,6 +154,17 @@ def _rows_of(path: str) -> np.ndarray:
         raise UserError(
             f"prompt {path} is of method {artifact.method['name']} and has no rows to begin from"
         )
+    return artifact.values["prompt"]
+
+
+def _source_rows(backbone: Backbone, path: str) -> np.ndarray:
+    """Rows of a soft prompt of this backbone, float [P', D]; UserError for any other."""
+    artifact = load_artifact(path)
+    if artifact.method["name"] != "soft":
+        raise UserError(
+            f"prompt {path} is of method {artifact.method['name']}; a source is a soft prompt"
+        )
+    check_backbone(artifact, backbone.name, backbone.fingerprint, backbone.config.d_model)
     return artifact.values["prompt"]
 
 
@@ -200,7 +214,9 @@ def artifact_of(
 
 def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     """What a directory's run is; going on with anything else is refused."""
+    sources = METHODS[config.method.name].sources(config.method)
     return {
+        **({"sources": {path: _digest(_rows_of(path)) for path in sources}} if sources else {}),
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "task": to_mapping(config.task),
         "method": to_mapping(config.method),
@@ -211,6 +227,10 @@ def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
         "batch_size": config.data.batch_size,
         "packing": config.data.packing,
     }
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
 
 
 def encoder_of(config: RunConfig, task: Task, backbone: Backbone, *, bare: bool) -> TaskEncoder:

@@ -103,6 +103,7 @@ def _method_values(config: RunConfig, t5: T5Config) -> Mapping[str, Any]:
         vocab_size=t5.vocab_size,
         rows=lambda ids: np.zeros((len(ids), t5.d_model), np.float32),
         encode=lambda text: [],
+        source=lambda path: np.zeros((config.method.length, t5.d_model), np.float32),
     )
     method = dataclasses.replace(config.method, init="uniform")
     return METHODS[method.name].initial(jax.random.key(0), method, context)

@@ -171,6 +171,7 @@ class MethodInfo:
       fold: (values, config) -> a plain prompt; None = cannot be folded.
       slots: config -> encoder slots that an example has.
       draws: config -> whether it draws in training.
+      sources: config -> artifacts of other prompts that it keeps the rows of.
     """
 
     formula: str
@@ -183,6 +184,7 @@ class MethodInfo:
     fold: Callable[..., Folded] | None = None
     slots: Callable[[MethodConfig], int] = lambda config: config.length
     draws: Callable[..., bool] = lambda config: False
+    sources: Callable[..., tuple[str, ...]] = lambda config: ()
 
     @property
     def name(self) -> str:
