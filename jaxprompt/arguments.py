@@ -155,6 +155,48 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
     json_argument(parser)
 
 
+def transfer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt transfer`."""
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="with --recycle: what to recycle"
+    )
+    parser.add_argument("out", metavar="OUT", nargs="?", help="with --recycle: what to write")
+    group = parser.add_argument_group("which prompts to begin from (SPoT)")
+    for name, letter, text in (
+        ("--library", "DIR", "a directory of prompts of one backbone, or of runs"),
+        ("--to", "PROMPT", "rank the library by similarity to this prompt (all pairs without it)"),
+        ("--output", "OUT", "with --to: write the prompt to begin from"),
+        ("--plot", "PNG", "draw similarities and the tree of the library"),
+    ):
+        group.add_argument(name, metavar=letter, help=text)
+    group.add_argument(
+        "--similarity",
+        choices=("per-token", "average-tokens"),
+        default="per-token",
+        help="mean cosine of all pairs of slots, or cosine of the mean slots (per-token)",
+    )
+    group.add_argument(
+        "--top", type=positive, default=1, metavar="K", help="with --output: the K likest (1)"
+    )
+    group.add_argument(
+        "--combine",
+        choices=("best", "average"),
+        default="best",
+        help="with --output: each of the K to try in turn, or their mean by similarity (best)",
+    )
+    group = parser.add_argument_group("the same prompt for another backbone (recycling)")
+    group.add_argument("--recycle", choices=("v2v-nn", "v2v-lin", "lin-comb"), help="by what map")
+    group.add_argument("--to-backbone", metavar="B", help="the backbone to make a prompt for")
+    group.add_argument("--from-backbone", metavar="A", help="the prompt's (as it says itself)")
+    for name, kind, default, text in (
+        ("--seed", natural, 0, "of v2v-nn (0)"),
+        ("--words", positive, 4000, "words to learn from (4000)"),
+        ("--skip-words", natural, 1000, "of the most frequent words (1000)"),
+    ):
+        group.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    json_argument(parser)
+
+
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt plan`."""
     run_arguments(parser)

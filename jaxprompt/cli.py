@@ -26,6 +26,7 @@ from jaxprompt.arguments import (
     plan_arguments,
     predict_arguments,
     train_arguments,
+    transfer_arguments,
 )
 
 _INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
@@ -181,6 +182,13 @@ _COMMANDS = {
         import_arguments,
         "make a prompt artifact of another program's prompt",
         "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
+    ),
+    "transfer": _Command(
+        "transfer",
+        transfer_arguments,
+        "find the trained prompts a new one should begin from, or recycle one for another backbone",
+        "jaxprompt transfer --library runs --to runs/mine/prompt --top 3 --combine average "
+        "--output start",
     ),
     "plan": _Command(
         "plan",

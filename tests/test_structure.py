@@ -52,6 +52,7 @@ HOUSE = [
         "sweep",
         "train",
         "training",
+        "transfer",
     ],
     ["cli"],
 ]
