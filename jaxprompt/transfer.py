@@ -49,21 +49,27 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--output is for what --to PROMPT should begin from; name that prompt")
     library = read_library(args.library)
     told = _ranked(args, library) if args.to else _compared(library)
-    shown = [
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
-        for line in told
-    ]
-    if args.json:
-        print("\n".join(json.dumps(line, ensure_ascii=False) for line in shown))
-    else:
-        rows = [
-            [f"{v:.4f}" if isinstance(v, float) else v for v in line.values()] for line in shown
-        ]
-        print(table(rows, header=list(told[0])))
-    if args.to and args.output:
-        _write_start(args, library, told)
+    starts = _starts(args, library, told) if args.output else {}
+    for place, start in starts.items():
+        save_artifact(place, start)
+    _print(told, args.json)
+    if starts:
+        key = f"method.init_path={args.output}"
+        if len(starts) > 1:
+            key = f"'sweep.method.init_path=[{','.join(starts)}]'"
+        print(f"jaxprompt: begin from it with method.init=prompt {key}", file=sys.stderr)
     if args.plot:
         print(f"jaxprompt: {_picture(args, library)}", file=sys.stderr)
+
+
+def _print(told: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Lines of names and similarities, these with four digits."""
+    for line in told if as_json else ():
+        shown = {key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}
+        print(json.dumps(shown, ensure_ascii=False))
+    if not as_json:
+        rows = [[f"{v:.4f}" if isinstance(v, float) else v for v in line.values()] for line in told]
+        print(table(rows, header=list(told[0])))
 
 
 # ---- libraries -----------------------------------------------------------------------------------
@@ -194,31 +200,22 @@ def _compared(library: Mapping[str, PromptArtifact]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _write_start(
+def _starts(
     args: argparse.Namespace, library: Mapping[str, PromptArtifact], told: Sequence[dict[str, Any]]
-) -> None:
-    """SPoT's "top-k weighted average", or "best of top-k": each of them, to be tried in turn."""
+) -> dict[str, PromptArtifact]:
+    """By place SPoT's "top-k weighted average", or "best of top-k": each of them, to be tried."""
     if args.top > len(told):
         raise UserError(
             f"--top is {args.top}, the library holds {len(told)} prompts to choose from"
         )
     target, best = load_artifact(args.to), told[: args.top]
     chosen = {line["prompt"]: library[line["prompt"]] for line in best}
-    scores = [line[args.similarity] for line in best]
     if args.combine == "average":
-        starts = {args.output: combined(target, chosen, scores)}
-    else:
-        places = [args.output] if args.top == 1 else [
-            str(Path(args.output) / str(line["rank"])) for line in best
-        ]  # fmt: skip
-        starts = {
-            place: combined(target, {name: one}, [1.0])
-            for place, (name, one) in zip(places, chosen.items(), strict=True)
-        }
-    for place, start in starts.items():
-        save_artifact(place, start)
-    paths = " or ".join(f"method.init_path={place}" for place in starts)
-    print(f"jaxprompt: begin from it with method.init=prompt {paths}", file=sys.stderr)
+        return {args.output: combined(target, chosen, [line[args.similarity] for line in best])}
+    alone = [combined(target, {name: one}, [1.0]) for name, one in chosen.items()]
+    if len(alone) == 1:
+        return {args.output: alone[0]}
+    return {str(Path(args.output) / str(n + 1)): start for n, start in enumerate(alone)}
 
 
 def _picture(args: argparse.Namespace, library: Mapping[str, PromptArtifact]) -> str:

@@ -7,17 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from method_cases import CASES
-from run_fixtures import CONFIG, World, assert_same_end, compiled, losses, saved_state, world
+from run_fixtures import (
+    CONFIG,
+    World,
+    assert_same_end,
+    compiled,
+    losses,
+    saved_state,
+    source_of,
+    world,
+)
 
 from jaxprompt import cli
-from jaxprompt.artifact import (
-    BackboneIdentity,
-    PromptArtifact,
-    load_artifact,
-    save_artifact,
-)
+from jaxprompt.artifact import BackboneIdentity, load_artifact, save_artifact
 from jaxprompt.prompts import METHODS
-from jaxprompt.t5.backbones import fingerprint
 from jaxprompt.train import train
 from jaxprompt.typing import UserError
 
@@ -37,21 +40,6 @@ def options_of(case: str, world: World) -> list[str]:
     if "sources" in mapping:
         mapping["sources"] = [str(source_of(world, name)) for name in mapping["sources"]]
     return [f"method.{key}={json.dumps(value)}" for key, value in mapping.items()]
-
-
-def source_of(world: World, name: str) -> Path:
-    """A soft prompt of the world's backbone, made once."""
-    place = world.root / name
-    if not place.exists():
-        values = np.random.default_rng(len(name)).normal(size=(4, CONFIG.d_model))
-        backbone = world.root / "backbone"
-        identity = BackboneIdentity(str(backbone), fingerprint(backbone), CONFIG.d_model, 0)
-        rows = {"prompt": values.astype(np.float32)}
-        prompt = PromptArtifact(
-            {"name": "soft", "length": 4}, "{prompt}{input}", {}, identity, rows
-        )
-        save_artifact(place, prompt)
-    return place
 
 
 @pytest.fixture(scope="module")

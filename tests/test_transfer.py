@@ -147,7 +147,8 @@ def test_the_likest_are_written_to_begin_from(
     assert (made.task, made.layout, made.backbone) == (wanted.task, wanted.layout, wanted.backbone)
     weights = made.training["sources"]
     assert weights[str(library / "near")] == pytest.approx(scores[0] / sum(scores), abs=1e-5)
-    assert run(capsys, *ask, "--output", tmp_path / "each")[0] == 0
+    code, _, err = run(capsys, *ask, "--output", tmp_path / "each")
+    assert code == 0 and f"sweep.method.init_path=[{tmp_path / 'each' / '1'}," in err
     np.testing.assert_array_equal(values(tmp_path / "each" / "1"), near)
     np.testing.assert_array_equal(values(tmp_path / "each" / "2"), other)
     assert run(capsys, *ask[:4], "--output", tmp_path / "best")[0] == 0
@@ -209,8 +210,8 @@ def test_what_cannot_be_done_is_said(
     case: str, library: Path, backbone: Path, tmp_path: Path, capsys: Any
 ):
     argv, message = refused(library, backbone, tmp_path, case)
-    code, _, err = run(capsys, *argv)
-    assert code == 2 and message in err and err.count("\n") == 1
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "out").exists()
 
 
