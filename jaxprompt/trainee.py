@@ -256,11 +256,12 @@ def artifact_of(
 def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     """What a directory's run is; going on with anything else is refused."""
     sources = METHODS[config.method.name].sources(config.method)
-    kept = {"sources": {path: _digest(_rows_of(path)) for path in sources}} if sources else {}
+    kept: dict[str, Any] = {}
+    if sources:
+        kept["sources"] = _digests(sources)
     if config.distil.prompt:
-        paths = filter(None, (config.distil.prompt, config.distil.target))
-        rows = {path: _digest(_rows_of(path)) for path in paths}
-        kept["distil"] = {**to_mapping(config.distil), "rows": rows}
+        paths = [path for path in (config.distil.prompt, config.distil.target) if path]
+        kept["distil"] = {**to_mapping(config.distil), "rows": _digests(paths)}
     return {
         **kept,
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
@@ -275,8 +276,9 @@ def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _digest(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+def _digests(paths: Sequence[str]) -> dict[str, str]:
+    """What the rows of prompts are, by path."""
+    return {path: hashlib.sha256(_rows_of(path).tobytes()).hexdigest()[:16] for path in paths}
 
 
 def encoder_of(config: RunConfig, task: Task, backbone: Backbone, *, bare: bool) -> TaskEncoder:
