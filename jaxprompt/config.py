@@ -130,15 +130,15 @@ class DistilConfig:
     """A trained prompt of another task as a teacher: PANDA (Zhong et al. 2022, arXiv 2208.10160).
 
     A squared distance between the logits that the prompt and the teacher's give is added to the
-    loss of every target token, times `weight` and the similarity of teacher and task. So it is in
-    the paper and in WHU-ZQH/PANDA, whose classes are the vocabulary here; the code divides by the
-    batch size once more and drops out in the teacher too, and its similarity is given by hand.
+    loss of every target token, times `weight` and the similarity of teacher and task. The distance
+    is that of WHU-ZQH/PANDA, with the vocabulary for its classes; there it is divided by the batch
+    size once more, dropout is on in the teacher too and the similarity a number given by hand.
 
     Attributes:
       prompt: the teacher, a soft prompt of the same backbone and length; empty = none.
       weight: of the distance; the code's.
-      target: a prompt trained on this run's task, whose `per-token` similarity to the teacher's, as
-        `jaxprompt transfer` tells it, scales the weight; empty = 1.
+      target: a prompt trained on this run's task, whose `average-tokens` similarity to the
+        teacher, as `jaxprompt transfer` tells it, scales the weight; empty = 1.
     """
 
     prompt: str = ""

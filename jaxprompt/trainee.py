@@ -25,7 +25,7 @@ from jaxprompt.optim import resolve
 from jaxprompt.prompts import METHODS, NoPrompt, PromptMethod, slots_of
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.init import InitContext
-from jaxprompt.prompts.similarity import per_token
+from jaxprompt.prompts.similarity import average_tokens
 from jaxprompt.prompts.soft import FixedPrompt
 from jaxprompt.schema import to_mapping
 from jaxprompt.steps import StepOptions
@@ -190,7 +190,7 @@ def _likeness(config: RunConfig, backbone: Backbone, teacher: np.ndarray) -> flo
         )
     if not distil.target:
         return 1.0
-    similarity = per_token(teacher, _source_rows(backbone, distil.target))
+    similarity = average_tokens(teacher, _source_rows(backbone, distil.target))
     if similarity <= 0:
         raise UserError(
             f"distil.prompt {distil.prompt} has similarity {similarity:.3f} to distil.target "

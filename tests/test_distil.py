@@ -20,7 +20,7 @@ from jaxprompt.planning.abstract import abstract_step
 from jaxprompt.planning.flops import matmul_flops
 from jaxprompt.planning.shapes import StepShape
 from jaxprompt.prompts.bank import PromptBank
-from jaxprompt.prompts.similarity import per_token
+from jaxprompt.prompts.similarity import average_tokens
 from jaxprompt.prompts.soft import FixedPrompt, SoftPrompt
 from jaxprompt.sharding import make_mesh
 from jaxprompt.steps import StepOptions
@@ -109,7 +109,10 @@ def test_the_weight_is_scaled_by_the_similarity_of_teacher_and_task(world: World
     backbone = load_backbone(str(world.root / "backbone"))
     for options, scale in (
         (DistilConfig(str(teacher)), 1.0),
-        (DistilConfig(str(teacher), target=str(target)), per_token(prompt.values["prompt"], rows)),
+        (
+            DistilConfig(str(teacher), target=str(target)),
+            average_tokens(prompt.values["prompt"], rows),
+        ),
     ):
         one = make_trainee("", dataclasses.replace(config, distil=options), backbone)
         assert one.options.distil == pytest.approx(0.1 * scale) and 0 < scale <= 1
@@ -139,7 +142,7 @@ def test_a_teacher_that_cannot_teach_is_refused(world: World, tmp_path: Path):
     save_artifact(against, dataclasses.replace(prompt, values={"prompt": -prompt.values["prompt"]}))
     cases = {
         r"has 4 slots, the run's method soft 5": ["method.length=5"],
-        r"has similarity -0\.\d+ to distil\.target": [f"distil.target={against}"],
+        r"has similarity -1\.000 to distil\.target": [f"distil.target={against}"],
         r"distil\.weight is 0": ["distil.weight=0"],
         r"leave it out with tune: model": ["tune=model"],
         r"no distil\.prompt to compare": ["distil.prompt=", f"distil.target={against}"],
