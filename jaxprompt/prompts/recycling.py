@@ -31,8 +31,8 @@ def combination(
 ) -> np.ndarray:
     """`lin-comb`: the mixture of source words nearest to each row, of target words; float32 [P, E].
 
-    Of the many mixtures that give a row exactly it is the one of least norm: with S and T the words,
-    rows pinv(S) T, which is what `linear_map` gives too.
+    Of the many mixtures that give a row exactly it is the one of least norm: rows pinv(S) T, with
+    the words S and T, which is what `linear_map` gives too.
     """
     source_VD, rows_PD = _doubles(source_VD, rows_PD)
     weights_VP, *_ = np.linalg.lstsq(source_VD.T, rows_PD.T, rcond=None)
