@@ -18,16 +18,19 @@ import jaxprompt
 from jaxprompt import allocator, joining
 from jaxprompt.arguments import (
     compare_arguments,
+    json_argument,
+    methods_arguments,
+    plan_arguments,
+    train_arguments,
+)
+from jaxprompt.prompt_arguments import (
     convert_arguments,
     evaluate_arguments,
     export_arguments,
     import_arguments,
     inspect_arguments,
-    json_argument,
-    methods_arguments,
-    plan_arguments,
     predict_arguments,
-    train_arguments,
+    transfer_arguments,
 )
 
 _INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
@@ -195,6 +198,13 @@ _COMMANDS = {
         export_arguments,
         "write a prompt artifact as another program's prompt",
         "jaxprompt export runs/quickstart/prompt peft/quickstart --format peft",
+    ),
+    "transfer": _Command(
+        "transfer",
+        transfer_arguments,
+        "find the trained prompts a new one should begin from, or recycle one for another backbone",
+        "jaxprompt transfer --library runs --to runs/mine/prompt --top 3 --combine average "
+        "--output start",
     ),
     "plan": _Command(
         "plan",

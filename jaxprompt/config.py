@@ -126,6 +126,33 @@ class TrainConfig(LoopConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DistilConfig:
+    """A trained prompt of another task as a teacher: PANDA (Zhong et al. 2022, arXiv 2208.10160).
+
+    A squared distance between the logits that the prompt and the teacher's give is added to the
+    loss of every target token, times `weight` and the similarity of teacher and task. The distance
+    is that of WHU-ZQH/PANDA, with the vocabulary for its classes; there it is divided by the batch
+    size once more, dropout is on in the teacher too and the similarity a number given by hand.
+
+    Attributes:
+      prompt: the teacher, a soft prompt of the same backbone and length; empty = none.
+      weight: of the distance; the code's.
+      target: a prompt trained on this run's task, whose `average-tokens` similarity to the
+        teacher, as `jaxprompt transfer` tells it, scales the weight; empty = 1.
+    """
+
+    prompt: str = ""
+    weight: float = 0.1
+    target: str = ""
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise UserError(f"distil.weight is {self.weight}, it has to be above 0")
+        if self.target and not self.prompt:
+            raise UserError("distil.target is given, but no distil.prompt to compare it with")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run.
 
@@ -136,6 +163,7 @@ class RunConfig:
       seed: of everything random.
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
+      distil: a trained prompt as a teacher.
     """
 
     output_dir: str
@@ -148,12 +176,15 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    distil: DistilConfig = DistilConfig()
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self):
         if self.tune == "model":
             self.backbone.check_trainable("tune: model")
+            if self.distil.prompt:
+                raise UserError("distil.prompt teaches prompts; leave it out with tune: model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +298,9 @@ def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
         dropout_rate=recipe.dropout if dropout is None else dropout,
         draws=isinstance(config, RunConfig) and METHODS[config.method.name].draws(config.method),
         accumulate=config.train.accumulate,
+        distil=config.distil.weight
+        if isinstance(config, RunConfig) and config.distil.prompt
+        else 0.0,
     )
 
 

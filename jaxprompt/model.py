@@ -23,11 +23,16 @@ class PromptedT5(nnx.Module):
     Args:
       backbone: the T5.
       method: whose parameters are trained; None = the bare backbone.
+      teacher: a prompt that is not trained, for `teacher_logits`; in the slots of the method's.
     """
 
-    def __init__(self, backbone: T5, method: PromptMethod | None = None):
+    def __init__(
+        self, backbone: T5, method: PromptMethod | None = None, teacher: PromptMethod | None = None
+    ):
         self.backbone = backbone
         self.method = NoPrompt() if method is None else method
+        if teacher is not None:
+            self.teacher = teacher
 
     def __call__(
         self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
@@ -43,6 +48,10 @@ class PromptedT5(nnx.Module):
             batch, values, encoded_BSD, dropout_rate=dropout_rate, dropout_key=dropout_key
         )
         return self.logits(hidden_BTD)
+
+    def teacher_logits(self, batch: Batch) -> Array:
+        """As a call without dropout, with the teacher in place of the method."""
+        return PromptedT5(self.backbone, self.teacher)(batch)
 
     def prompt_values(self, batch: Batch, key: Array | None = None) -> PromptValues:
         """What the method hands the backbone for this batch.

@@ -137,6 +137,15 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=5e-6,
         init="vocab",
     ),
+    "attempt": Recipe(
+        summary="ATTEMPT over trained prompts of other tasks",
+        source="AkariAsai/ATTEMPT, its config of a single task; it counts 20 epochs",
+        optimizer="adamw",
+        learning_rate=0.3,
+        schedule="linear",
+        warmup_steps=500,
+        init="vocab",
+    ),
     "model-tuning": Recipe(
         summary="all parameters, the baseline prompts are compared with",
         source="T5 fine-tuning: Raffel et al. 2020, section 3.1.2; T5X finetune defaults",

@@ -56,6 +56,8 @@ class StepOptions:
       dropout_rate: inside the backbone.
       draws: whether the prompt method draws at random.
       accumulate: microbatches a step; rows of the batch must divide.
+      distil: weight of the squared distance to the teacher's logits, a mean over the vocabulary,
+        added to the loss of every target token; 0 = there is no teacher.
     """
 
     z_loss: float = 0.0
@@ -63,6 +65,7 @@ class StepOptions:
     dropout_rate: float = 0.0
     draws: bool = False
     accumulate: int = 1
+    distil: float = 0.0
 
 
 Optimizers = Sequence[optax.GradientTransformation]
@@ -103,7 +106,8 @@ def gradients(
 
     A row is of one prompt, the one that its first segment names.
 
-    Returns: a tree like the trained one, and float32 [N] each: {"loss" (z-loss included), "units"
+    Returns: a tree like the trained one, and float32 [N] each: {"loss" (z-loss and distillation
+      included), "units"
       (that losses are averaged over), "right" (target tokens), "tokens", "examples"}.
     """
 
@@ -112,6 +116,9 @@ def gradients(
         keys_B = _row_keys(state, part) if options.dropout_rate or options.draws else None
         logits_BTV = model(part, dropout_rate=options.dropout_rate, dropout_key=keys_B)
         loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
+        if options.distil:
+            apart_BTV = logits_BTV - model.teacher_logits(part)
+            loss_BT += options.distil * jnp.mean(apart_BTV**2, axis=-1)
         segments = part.example_index_BG.shape[1]
         weights_BT, units_B = token_weights(
             part.loss_weights_BT, part.decoder_segments_BT, segments, options.loss_by

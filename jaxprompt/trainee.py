@@ -1,6 +1,8 @@
 """One of what a run trains: its options, data and first values, and what is kept of it."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprompt
-from jaxprompt.artifact import PromptArtifact, load_artifact, save_artifact
+from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact, save_artifact
 from jaxprompt.backbone import Backbone, identity_of
 from jaxprompt.config import RunConfig, step_options
 from jaxprompt.data.encoder import TaskEncoder
@@ -20,9 +22,11 @@ from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import resolve
-from jaxprompt.prompts import METHODS, slots_of
+from jaxprompt.prompts import METHODS, NoPrompt, PromptMethod, slots_of
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.init import InitContext
+from jaxprompt.prompts.similarity import average_tokens
+from jaxprompt.prompts.soft import FixedPrompt
 from jaxprompt.schema import to_mapping
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.model import T5
@@ -40,6 +44,7 @@ class Trainee:
       config: of the run it would be by itself; `output_dir` is where its results go.
       source, validation: rows to train and to measure on.
       options: what is compiled into its step.
+      teacher: rows of the prompt that it learns from, float [P, D]; None = there is none.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Trainee:
     encoder: TaskEncoder
     total_steps: int
     options: StepOptions
+    teacher: np.ndarray | None = None
 
     @property
     def directory(self) -> Path:
@@ -76,7 +82,12 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
     encoder = encoder_of(config, task, backbone, bare=config.tune == "model")
     _check(config, encoder, [source, validation])
     steps = total_steps(config, len(source))
-    return Trainee(name, config, task, source, validation, encoder, steps, step_options(config))
+    options, teacher = step_options(config), None
+    if config.distil.prompt:
+        teacher = _source_rows(backbone, config.distil.prompt)
+        distil = config.distil.weight * _likeness(config, backbone, teacher)
+        options = dataclasses.replace(options, distil=distil)
+    return Trainee(name, config, task, source, validation, encoder, steps, options, teacher)
 
 
 def train_batches(one: Trainee, devices: int, share: tuple[int, int] = (0, 1)) -> TrainBatches:
@@ -140,6 +151,7 @@ def initial_values(config: RunConfig, backbone: Backbone, task: Task) -> dict[st
         encode=backbone.tokenizer.encode,
         candidates=task.candidates or task.config.init_words,
         load=_rows_of,
+        source=functools.partial(_source_rows, backbone),
     )
     key = jax.random.key(config.seed)
     return METHODS[config.method.name].initial(key, config.method, context)
@@ -154,14 +166,51 @@ def _rows_of(path: str) -> np.ndarray:
     return artifact.values["prompt"]
 
 
+def _source_rows(backbone: Backbone, path: str) -> np.ndarray:
+    """Rows of a soft prompt of this backbone, float32 [P', D]; UserError for any other."""
+    artifact = load_artifact(path)
+    if artifact.method["name"] != "soft":
+        raise UserError(
+            f"prompt {path} is of method {artifact.method['name']}; a source is a soft prompt"
+        )
+    check_backbone(artifact, backbone.name, backbone.fingerprint, backbone.config.d_model)
+    return artifact.values["prompt"].astype(np.float32)
+
+
+def _likeness(config: RunConfig, backbone: Backbone, teacher: np.ndarray) -> float:
+    """Similarity of the teacher to the task, above 0; 1 if it is not to be measured.
+
+    Raises: UserError for a teacher that has other slots than the run, or is not similar at all.
+    """
+    distil, slots = config.distil, slots_of(config.method)
+    if len(teacher) != slots:
+        raise UserError(
+            f"distil.prompt {distil.prompt} has {len(teacher)} slots, the run's method "
+            f"{config.method.name} {slots}: they have to stand in the same ones"
+        )
+    if not distil.target:
+        return 1.0
+    similarity = average_tokens(teacher, _source_rows(backbone, distil.target))
+    if similarity <= 0:
+        raise UserError(
+            f"distil.prompt {distil.prompt} has similarity {similarity:.3f} to distil.target "
+            f"{distil.target}: it has nothing to teach; choose another (`jaxprompt transfer`)"
+        )
+    return similarity
+
+
 def taken_apart(
-    configs: Sequence[RunConfig], backbone: T5, values: Sequence[ArrayTree]
+    configs: Sequence[RunConfig],
+    backbone: T5,
+    values: Sequence[ArrayTree],
+    teachers: Sequence[Any] = (),
 ) -> tuple[Any, ArrayTree, ArrayTree]:
     """Graph definition, trained and frozen tree of a backbone with all prompts on it.
 
     Args:
       configs: of the runs; all tune the same.
       values: of each prompt's method, arrays or their shapes; not read with `tune: model`.
+      teachers: rows of the prompt that each one learns from, None for one without; or none at all.
     """
     if configs[0].tune == "model":
         return split(PromptedT5(backbone), ...)
@@ -169,7 +218,13 @@ def taken_apart(
         METHODS[config.method.name].make(own, config.method)
         for config, own in zip(configs, values, strict=True)
     ]
-    return split(PromptedT5(backbone, methods[0] if len(methods) == 1 else PromptBank(methods)))
+    fixed = [NoPrompt() if rows is None else FixedPrompt(rows) for rows in teachers]
+    taught = any(rows is not None for rows in teachers)
+    return split(PromptedT5(backbone, _together(methods), _together(fixed) if taught else None))
+
+
+def _together(methods: Sequence[PromptMethod]) -> PromptMethod:
+    return methods[0] if len(methods) == 1 else PromptBank(methods)
 
 
 def artifact_of(
@@ -200,7 +255,15 @@ def artifact_of(
 
 def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     """What a directory's run is; going on with anything else is refused."""
+    sources = METHODS[config.method.name].sources(config.method)
+    kept: dict[str, Any] = {}
+    if sources:
+        kept["sources"] = _digests(sources)
+    if config.distil.prompt:
+        paths = [path for path in (config.distil.prompt, config.distil.target) if path]
+        kept["distil"] = {**to_mapping(config.distil), "rows": _digests(paths)}
     return {
+        **kept,
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "task": to_mapping(config.task),
         "method": to_mapping(config.method),
@@ -211,6 +274,11 @@ def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
         "batch_size": config.data.batch_size,
         "packing": config.data.packing,
     }
+
+
+def _digests(paths: Sequence[str]) -> dict[str, str]:
+    """What the rows of prompts are, by path."""
+    return {path: hashlib.sha256(_rows_of(path).tobytes()).hexdigest()[:16] for path in paths}
 
 
 def encoder_of(config: RunConfig, task: Task, backbone: Backbone, *, bare: bool) -> TaskEncoder:

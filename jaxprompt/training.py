@@ -139,7 +139,8 @@ def train_together(
     # ---- what is trained, by what step -------------------------------------------------------
     firsts = [_first_values(one, backbone) for one in trainees]
     values = [replicate(mesh, first) for first in firsts]
-    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values)
+    teachers = [replicate(mesh, one.teacher) for one in trainees]  # None stays None
+    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values, teachers)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adept": {"length": 4, "rank": 3},
     "smop": {"length": 3, "prompts": 3},
     "pt-moe": {"length": 4, "rank": 2, "experts": 3},
+    "attempt": {"length": 4, "hidden": 6, "temperature": 1.5, "sources": ["one", "other"]},
 }
 
 
@@ -50,6 +51,7 @@ def context_of(sizes: T5Config = tiny.CONFIG) -> InitContext:
         rows=lambda ids: table[np.asarray(ids)],
         encode=lambda text: [3, 4],
         candidates=("yes", "no"),
+        source=lambda path: np.random.default_rng(len(path)).normal(size=(4, sizes.d_model)),
     )
 
 

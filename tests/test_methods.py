@@ -129,19 +129,35 @@ def adept(v: dict[str, np.ndarray], config: Any, place: int, embedding: np.ndarr
 DELTAS: dict[str, Callable] = {"dept": dept, "adept": adept}
 
 
-def smop(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarray:
+def mean_of(rows: np.ndarray) -> np.ndarray:
+    return rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
+
+
+def smop(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
+    mean = mean_of(rows)
     shares = np.exp(mean @ v["router"])
     shares = shares / shares.sum()
     return shares.max() * v["prompts"][shares.argmax()]
 
 
-def pt_moe(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarray:
-    shares = np.exp(mean @ v["router"] + v["router_bias"])
+def pt_moe(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
+    shares = np.exp(mean_of(rows) @ v["router"] + v["router_bias"])
     shares = shares / shares.sum()
     return sum(w * (left @ v["right"]) for w, left in zip(shares, v["left"], strict=True))
 
 
-MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe}
+def attempt(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
+    largest = rows.max(0) if len(rows) else np.zeros(rows.shape[1])
+    hidden = largest @ v["down"]
+    query = (hidden * sigmoid(hidden)) @ v["up"]
+    query = (query - query.mean()) / np.sqrt(query.var() + 1e-5)
+    query = query * v["scale"][0, 0] + v["bias"][0, 0]
+    prompts = [*v["sources"], v["prompt"]]
+    scores = np.exp([prompt.max(0) @ query / config.temperature for prompt in prompts])
+    return v["prompt"] + sum(s * p for s, p in zip(scores / scores.sum(), prompts, strict=True))
+
+
+MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe, "attempt": attempt}
 
 PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T5-large
     "soft": ({"length": 100}, 768, 76_800),
@@ -150,6 +166,7 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
     "dept": ({"length": 60, "rank": 30, "positions": 256}, 768, 76_800),
     "adept": ({"length": 60, "rank": 19}, 768, 76_051),
     "smop": ({"length": 5, "prompts": 4}, 768, 18_432),
+    "attempt": ({"length": 100}, 768, 231_936),
 }
 
 
@@ -226,9 +243,8 @@ def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: 
     if name in MIXTURES:
         for b, g in np.ndindex(2, 3):
             ids = batch.encoder_ids_BS[b][text[b] & (segments_BS[b] == g + 1)]
-            mean = table[ids].mean(0) if len(ids) else np.zeros(CONFIG.d_model)
             row = values.encoder[values.prompt_index_BG[b, g]]
-            np.testing.assert_allclose(row, MIXTURES[name](v, config, mean), **close)
+            np.testing.assert_allclose(row, MIXTURES[name](v, config, table[ids]), **close)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -265,7 +281,8 @@ class TestEveryMethod:
         config = config_of(case)
         info = METHODS[config.name]
         if info.fold is None:
-            assert config.name in ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe")
+            kept = ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe", "attempt")
+            assert config.name in kept
             return
         plain = info.fold(shaken(config), config)
         assert plain.config.name in ("soft", "p-tuning-v2")
@@ -348,6 +365,41 @@ def test_no_prompt_has_neither_parameters_nor_values():
     assert jax.tree.leaves(NoPrompt()(inputs_of(packed("soft")))) == []
 
 
+def test_attempt_attends_as_its_code_in_torch():
+    """The published forward pass of one unpacked example, in torch's own layers."""
+    torch = pytest.importorskip("torch")
+    config, batch = config_of("attempt"), tiny.make_batch([examples_of("attempt", 1)], 14, 6, 1)
+    v = {name: torch.tensor(np.asarray(value)) for name, value in shaken(config).items()}
+    there = (np.asarray(batch.encoder_slots_BS) < 0) & (np.asarray(batch.encoder_segments_BS) > 0)
+    ids = np.asarray(batch.encoder_ids_BS)[there]
+    embeds = torch.tensor(np.asarray(PARAMS["token_embedder"]["embedding"])[ids])[None]
+    prompts = torch.cat([v["sources"], v["prompt"][None]])[None]
+    functional = torch.nn.functional
+    x = functional.silu(functional.linear(embeds.max(1).values, v["down"].T))
+    x = functional.linear(x, v["up"].T)
+    x = functional.layer_norm(x, x.shape[-1:], v["scale"][0, 0], v["bias"][0, 0])
+    scores = prompts.max(2).values.bmm(x[..., None])[..., 0] / config.temperature
+    want = torch.einsum("bp,bpld->bld", torch.softmax(scores, -1), prompts) + v["prompt"]
+    values = values_of(make("attempt"), inputs_of(batch))
+    np.testing.assert_allclose(values.encoder, want.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_attempt_scales_its_scores_by_the_width():
+    """Without a temperature, e times d_model: 2087 of the code's config on T5-base."""
+    batch = packed("attempt")
+    own = values_of(make("attempt", temperature=None), inputs_of(batch))
+    given = values_of(make("attempt", temperature=np.e * CONFIG.d_model), inputs_of(batch))
+    np.testing.assert_allclose(own.encoder, given.encoder, rtol=1e-6)
+    assert round(np.e * 768 - 0.5) == 2087
+
+
+def test_attempt_wants_sources_of_its_shape():
+    with pytest.raises(UserError, match=r"method\.sources is empty"):
+        shaken(config_of("attempt", sources=[]))
+    with pytest.raises(UserError, match=r"one is 4 x 12, the run wants method\.length 3"):
+        shaken(config_of("attempt", length=3))
+
+
 def test_smop_draws_in_training_only():
     """Logits times (1 + e): another choice or share with a key, the same without."""
     batch, method = packed("smop"), make("smop")
@@ -368,6 +420,7 @@ WRONG = {
     "no place": ("p-tuning-v2", {"places": []}, "method.places is empty"),
     "std": ("p-tuning-v2", {"init_std": 0}, "method.init_std is 0"),
     "noise": ("smop", {"noise": -1}, "method.noise is -1"),
+    "temperature": ("attempt", {"temperature": 0}, "method.temperature is 0"),
     "another's option": ("soft", {"rank": 3}, "unknown key 'rank'"),
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
 }

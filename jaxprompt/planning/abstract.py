@@ -15,7 +15,7 @@ from jaxprompt.compiled import CompiledStep
 from jaxprompt.config import RunConfig, step_options
 from jaxprompt.optim import make_optimizer
 from jaxprompt.planning.shapes import StepShape
-from jaxprompt.prompts import METHODS
+from jaxprompt.prompts import METHODS, slots_of
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.sharding import named_sharding, tree_shardings
 from jaxprompt.steps import TrainState, init_state
@@ -57,8 +57,10 @@ def abstract_step(
     compute = dataclasses.replace(config.backbone.compute(), mesh=mesh)
     params = _weights(config, t5, mesh)
     values = jax.tree.map(placed, _method_values(config, t5))
+    rows = (slots_of(config.method), t5.d_model)
+    teacher = placed(np.empty(rows, np.float32)) if config.distil.prompt else None
     graphdef, trained, frozen = taken_apart(
-        [config] * prompts, T5(t5, params, compute), [values] * prompts
+        [config] * prompts, T5(t5, params, compute), [values] * prompts, [teacher] * prompts
     )
     optimizers = [make_optimizer(config.optim, total_steps(config, 0))] * prompts
     init = functools.partial(init_state, optimizers=optimizers, seeds=range(prompts))
@@ -103,6 +105,7 @@ def _method_values(config: RunConfig, t5: T5Config) -> Mapping[str, Any]:
         vocab_size=t5.vocab_size,
         rows=lambda ids: np.zeros((len(ids), t5.d_model), np.float32),
         encode=lambda text: [],
+        source=lambda path: np.zeros((config.method.length, t5.d_model), np.float32),
     )
     method = dataclasses.replace(config.method, init="uniform")
     return METHODS[method.name].initial(jax.random.key(0), method, context)

@@ -1,6 +1,7 @@
 """Prompt methods: small modules whose parameters are the only trained ones; see `METHODS`."""
 
 from jaxprompt import schema
+from jaxprompt.prompts.attempt import ATTEMPT
 from jaxprompt.prompts.base import MethodConfig, MethodInfo, MethodInputs, NoPrompt, PromptMethod
 from jaxprompt.prompts.delta import ADEPT, DEPT
 from jaxprompt.prompts.low_rank import DPT, LOPT
@@ -27,6 +28,7 @@ METHODS: dict[str, MethodInfo] = {
         ADEPT,
         SMOP,
         PT_MOE,
+        ATTEMPT,
     )
 }
 

@@ -173,6 +173,7 @@ class MethodInfo:
         of embeddings of another width is not its matter.
       slots: config -> encoder slots that an example has.
       draws: config -> whether it draws in training.
+      sources: config -> artifacts of other prompts that it keeps the rows of.
     """
 
     formula: str
@@ -186,6 +187,7 @@ class MethodInfo:
     check: Callable[..., None] = lambda values, config, sizes: None
     slots: Callable[[MethodConfig], int] = lambda config: config.length
     draws: Callable[..., bool] = lambda config: False
+    sources: Callable[..., tuple[str, ...]] = lambda config: ()
 
     @property
     def name(self) -> str:

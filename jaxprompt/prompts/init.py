@@ -25,6 +25,7 @@ class InitContext:
       encode: text -> ids, without `</s>`.
       candidates: label words of the task.
       load: path of an artifact or .npy -> float32 [P', D].
+      source: the same of a soft prompt that has to be of this backbone.
     """
 
     sizes: Sizes
@@ -33,6 +34,7 @@ class InitContext:
     encode: Callable[[str], list[int]]
     candidates: tuple[str, ...] = ()
     load: Callable[[str], np.ndarray] | None = None
+    source: Callable[[str], np.ndarray] | None = None
 
 
 def initial_rows(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:

@@ -28,6 +28,12 @@ class SoftPrompt(PromptMethod):
         return PromptValues(encoder=self["prompt"][None])
 
 
+class FixedPrompt(SoftPrompt):
+    """A soft prompt that is not trained: another one's teacher."""
+
+    constants = ("prompt",)
+
+
 class MadeRows(PromptMethod):
     """A prompt that is made of other arrays whatever the input; only its rows are kept."""
 
