@@ -20,6 +20,7 @@ from jaxprompt.optim import OptimConfig, resolve
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.base import MethodConfig
 from jaxprompt.recipes import RECIPES
+from jaxprompt.regularize import RegularizeConfig
 from jaxprompt.schema import dump
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.config import Compute, T5Config
@@ -136,6 +137,7 @@ class RunConfig:
       seed: of everything random.
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
+      regularize: what holds the prompt back in training.
     """
 
     output_dir: str
@@ -147,6 +149,7 @@ class RunConfig:
     layout: str = "{prompt}{input}"
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    regularize: RegularizeConfig = RegularizeConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -154,6 +157,8 @@ class RunConfig:
     def __post_init__(self):
         if self.tune == "model":
             self.backbone.check_trainable("tune: model")
+            if self.regularize.is_on:
+                raise UserError("regularize is for prompts, and tune: model trains none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +263,16 @@ def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
         dropout_rate=recipe.dropout if dropout is None else dropout,
         draws=isinstance(config, RunConfig) and METHODS[config.method.name].draws(config.method),
         accumulate=config.train.accumulate,
+        **_regularizers(config),
     )
+
+
+def _regularizers(config: RunConfig | PretrainConfig) -> dict[str, Any]:
+    """Without the text, whose embeddings are an argument: one program for all texts."""
+    if not isinstance(config, RunConfig):
+        return {}
+    quiet = dataclasses.replace(config.regularize, wayward=0.0, wayward_text="")
+    return {"regularize": quiet, "wayward": config.regularize.wayward}
 
 
 def config_names(folder: str = "") -> list[str]:

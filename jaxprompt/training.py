@@ -45,6 +45,7 @@ from jaxprompt.trainee import (
     mean_of,
     run_identity,
     taken_apart,
+    text_rows,
     train_batches,
 )
 from jaxprompt.trees import count, size_in_bytes, split
@@ -139,7 +140,9 @@ def train_together(
     # ---- what is trained, by what step -------------------------------------------------------
     firsts = [_first_values(one, backbone) for one in trainees]
     values = [replicate(mesh, first) for first in firsts]
-    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values)
+    rows = {n: text_rows(one.config, backbone) for n, one in enumerate(trainees)}
+    texts = {n: replicate(mesh, text) for n, text in rows.items() if text is not None}
+    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values, texts)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))

@@ -22,7 +22,7 @@ OPTIONS = [
     "backbone.dropout=0.1", "data.row_multiple=2",
 ]  # fmt: skip
 RUNS = ["p-tuning", "residual", "p-tuning-v2", "prefix", "dpt", "lopt",
-        "superpos", "dept", "adept", "smop", "pt-moe"]  # fmt: skip
+        "superpos", "dept", "adept", "smop", "pt-moe", "per-layer"]  # fmt: skip
 
 
 def options_of(case: str) -> list[str]:

@@ -19,7 +19,7 @@ HOUSE = [
         *("allocator", "arraystore", "files", "hosts", "identity", "logging", "losses"),
         *("metrics", "plots", "quantize", "recipes", "schema", "sharding", "tensorfile", "trees"),
     ],
-    ["prompts", "t5"],
+    ["prompts", "regularize", "t5"],
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
     ["steps"],

@@ -15,7 +15,7 @@ from jaxprompt.compiled import CompiledStep
 from jaxprompt.config import RunConfig, step_options
 from jaxprompt.optim import make_optimizer
 from jaxprompt.planning.shapes import StepShape
-from jaxprompt.prompts import METHODS
+from jaxprompt.prompts import METHODS, slots_of
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.sharding import named_sharding, tree_shardings
 from jaxprompt.steps import TrainState, init_state
@@ -57,8 +57,12 @@ def abstract_step(
     compute = dataclasses.replace(config.backbone.compute(), mesh=mesh)
     params = _weights(config, t5, mesh)
     values = jax.tree.map(placed, _method_values(config, t5))
+    text = placed(jax.ShapeDtypeStruct((slots_of(config.method), t5.d_model), jnp.float32))
     graphdef, trained, frozen = taken_apart(
-        [config] * prompts, T5(t5, params, compute), [values] * prompts
+        [config] * prompts,
+        T5(t5, params, compute),
+        [values] * prompts,
+        dict.fromkeys(range(prompts), text) if config.regularize.wayward else None,
     )
     optimizers = [make_optimizer(config.optim, total_steps(config, 0))] * prompts
     init = functools.partial(init_state, optimizers=optimizers, seeds=range(prompts))

@@ -7,6 +7,7 @@ from jaxprompt.prompts.low_rank import DPT, LOPT
 from jaxprompt.prompts.mixture import PT_MOE, SMOP
 from jaxprompt.prompts.p_tuning import P_TUNING
 from jaxprompt.prompts.p_tuning_v2 import P_TUNING_V2
+from jaxprompt.prompts.per_layer import PER_LAYER
 from jaxprompt.prompts.prefix import PREFIX
 from jaxprompt.prompts.residual import RESIDUAL
 from jaxprompt.prompts.soft import SOFT
@@ -27,6 +28,7 @@ METHODS: dict[str, MethodInfo] = {
         ADEPT,
         SMOP,
         PT_MOE,
+        PER_LAYER,
     )
 }
 
