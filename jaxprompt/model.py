@@ -84,7 +84,9 @@ class PromptedT5(nnx.Module):
         distances = [jnp.zeros(())] * count
         for key, text in self.texts.items():
             prompt = method.prompts[key] if isinstance(method, PromptBank) else method
-            distances[int(key)] = wayward_distance(prompt(inputs).encoder[0], text[...])
+            slots = prompt(inputs).encoder
+            assert slots is not None, "a text is for a prompt in slots"
+            distances[int(key)] = wayward_distance(slots[0], text[...])
         return jnp.stack(distances)
 
     def _inputs(self, batch: Batch, key: Array | None) -> MethodInputs:

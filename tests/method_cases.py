@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adept": {"length": 4, "rank": 3},
     "smop": {"length": 3, "prompts": 3},
     "pt-moe": {"length": 4, "rank": 2, "experts": 3},
+    "xprompt": {"length": 6, "pieces": 4},
     "per-layer": {"length": 3},
     "per-layer add": {"length": 3, "mode": "add"},
 }

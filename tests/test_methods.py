@@ -88,6 +88,14 @@ def superpos(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
     )
 
 
+def xprompt(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    pieces = iter(v["kept"])
+    nothing = np.zeros(v["kept"].shape[1])
+    return np.stack([
+        np.concatenate([next(pieces) if there else nothing for there in row]) for row in v["mask"]
+    ])  # fmt: skip
+
+
 ROWS: dict[str, Oracle] = {
     "soft": lambda v, config: v["prompt"],
     "p-tuning": p_tuning,
@@ -98,6 +106,7 @@ ROWS: dict[str, Oracle] = {
     "dept": lambda v, config: v["prompt"],
     "adept": lambda v, config: v["prompt"],
     "per-layer": lambda v, config: v["prompts"][0],
+    "xprompt": xprompt,
 }
 
 
@@ -153,6 +162,8 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
     "dept": ({"length": 60, "rank": 30, "positions": 256}, 768, 76_800),
     "adept": ({"length": 60, "rank": 19}, 768, 76_051),
     "smop": ({"length": 5, "prompts": 4}, 768, 18_432),
+    # half of 20 slots and of their 16 pieces: a quarter of a soft prompt's
+    "xprompt": ({"length": 20}, 768, 20 * 768 // 4),
     "per-layer": ({"length": 10}, 768, 3 * 10 * 768),  # of the tiny backbone's three layers
 }
 
@@ -414,6 +425,9 @@ WRONG = {
     "std": ("p-tuning-v2", {"init_std": 0}, "method.init_std is 0"),
     "noise": ("smop", {"noise": -1}, "method.noise is -1"),
     "another's option": ("soft", {"rank": 3}, "unknown key 'rank'"),
+    "pieces": ("xprompt", {"pieces": 0}, "method.pieces is 0"),
+    "no piece": ("xprompt", {"keep_pieces": 0}, "method.keep_pieces is 0"),
+    "no slot": ("xprompt", {"keep_tokens": 0.05}, "0.05 of method.length 6 leaves no slot"),
     "mode": ("per-layer", {"mode": "both"}, "'both' must be one of replace, add"),
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
 }

@@ -12,6 +12,7 @@ from jaxprompt.prompts.prefix import PREFIX
 from jaxprompt.prompts.residual import RESIDUAL
 from jaxprompt.prompts.soft import SOFT
 from jaxprompt.prompts.superpos import SUPERPOS
+from jaxprompt.prompts.xprompt import XPROMPT
 
 METHODS: dict[str, MethodInfo] = {
     info.name: info
@@ -29,6 +30,7 @@ METHODS: dict[str, MethodInfo] = {
         SMOP,
         PT_MOE,
         PER_LAYER,
+        XPROMPT,
     )
 }
 
