@@ -428,7 +428,7 @@ WRONG = {
     "pieces": ("xprompt", {"pieces": 0}, "method.pieces is 0"),
     "no piece": ("xprompt", {"keep_pieces": 0}, "method.keep_pieces is 0"),
     "no slot": ("xprompt", {"keep_tokens": 0.05}, "0.05 of method.length 6 leaves no slot"),
-    "mode": ("per-layer", {"mode": "both"}, "'both' must be one of replace, add"),
+    "mode": ("per-layer", {"mode": "both"}, "'mode' must be one of replace, add"),
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
 }
 
