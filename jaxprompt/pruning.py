@@ -54,8 +54,8 @@ def is_pruned(config: RunConfig) -> bool:
 def check(configs: Sequence[RunConfig], backbone: Backbone) -> None:
     """Finds before the first training what would stop the second.
 
-    Raises: UserError for a layout that counts slots, pieces that do not divide embeddings, or other
-      methods beside XPrompt.
+    Raises: UserError for a layout that counts slots, pieces that do not divide embeddings, a pull
+      towards a text, or other methods beside XPrompt.
     """
     if others := {config.method.name for config in configs if not is_pruned(config)}:
         raise UserError(
@@ -65,6 +65,11 @@ def check(configs: Sequence[RunConfig], backbone: Backbone) -> None:
     for config in configs:
         assert isinstance(config.method, XPromptConfig)
         config.method.check_divides(backbone.config.d_model)
+        if config.regularize.wayward:
+            raise UserError(
+                "regularize.wayward pulls each slot towards a token of its own, and method xprompt "
+                "takes slots out between them; set it to 0 or prune no prompt"
+            )
         if config.layout.count("{prompt}") != 1 or "{prompt:" in config.layout:
             raise UserError(
                 f"method xprompt takes slots out wherever they stand, so the layout "

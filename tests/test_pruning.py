@@ -153,6 +153,7 @@ def test_runs_of_a_sweep_train_twice_and_rewind_to_where_they_are_told(
 WRONG = {
     "counted slots": (["layout={prompt:2}{input}{prompt:2}"], "one {prompt} without a count"),
     "two places": (["layout={prompt}{input}{prompt:1}"], "one {prompt} without a count"),
+    "text": (["regularize.wayward=1", "regularize.wayward_text=good"], "takes slots out between"),
     "pieces": (["method.pieces=5"], "method.pieces 5 does not divide the backbone's d_model 16"),
 }
 
