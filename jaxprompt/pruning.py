@@ -150,7 +150,7 @@ def importance(
       config: whose slots `rows_PD` stand in.
       method: says how many pieces, and of how many examples.
     Returns: float32 [P] and [P, k].
-    Source: Ma et al. 2022, arXiv 2210.04457, section 3.2.
+    Source: Ma et al. 2022, arXiv 2210.04457.
     """
     devices = mesh.shape["data"]
     rows = -(-config.data.batch_size // devices) * devices

@@ -25,12 +25,12 @@ class RegularizeConfig:
       prompt_dropout: share of the numbers in encoder slots that a step sets to 0, the others
         scaled up; drawn for every row.
       wayward: weight of the squared distance between each slot's embedding and that of its token
-        of `wayward_text`, mean over slots (Khashabi et al. 2022, arXiv 2112.08348, section 3;
+        of `wayward_text`, mean over slots (Khashabi et al. 2022, arXiv 2112.08348;
         google-research/prompt-tuning's `extended/train/wayward.py`, where it is 0.01).
       wayward_text: repeated where the prompt is longer.
       noise: weight of the loss under noise on the encoder's embeddings, added to the loss (PTP,
-        Chen et al. 2023, arXiv 2305.02423; numbers below are in units of embeddings, whose own
-        are about 10 in T5).
+        Chen et al. 2023, arXiv 2305.02423; its code was not at hand, so sizes here are
+        ours, in units of embeddings, whose own numbers are about 10 in T5-base).
       noise_kind: "gaussian" noise, or "adversarial": what raises the loss most, found by projected
         gradient ascent.
       noise_on: the embeddings of the "input" text, of the "prompt" in its slots, or of "both".
