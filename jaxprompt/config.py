@@ -20,6 +20,7 @@ from jaxprompt.optim import OptimConfig, resolve
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.base import MethodConfig
 from jaxprompt.recipes import RECIPES
+from jaxprompt.regularize import RegularizeConfig
 from jaxprompt.schema import dump
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.config import Compute, T5Config
@@ -164,6 +165,7 @@ class RunConfig:
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
       distil: a trained prompt as a teacher.
+      regularize: what holds the prompt back in training.
     """
 
     output_dir: str
@@ -175,6 +177,7 @@ class RunConfig:
     layout: str = "{prompt}{input}"
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    regularize: RegularizeConfig = RegularizeConfig()
     train: TrainConfig = TrainConfig()
     distil: DistilConfig = DistilConfig()
     mesh: MeshConfig = MeshConfig()
@@ -185,6 +188,8 @@ class RunConfig:
             self.backbone.check_trainable("tune: model")
             if self.distil.prompt:
                 raise UserError("distil.prompt teaches prompts; leave it out with tune: model")
+            if self.regularize.is_on:
+                raise UserError("regularize is for prompts, and tune: model trains none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +306,16 @@ def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
         distil=config.distil.weight
         if isinstance(config, RunConfig) and config.distil.prompt
         else 0.0,
+        **_regularizers(config),
     )
+
+
+def _regularizers(config: RunConfig | PretrainConfig) -> dict[str, Any]:
+    """Without the text, whose embeddings are an argument: one program for all texts."""
+    if not isinstance(config, RunConfig):
+        return {}
+    quiet = dataclasses.replace(config.regularize, wayward=0.0, wayward_text="")
+    return {"regularize": quiet, "wayward": config.regularize.wayward}
 
 
 def config_names(folder: str = "") -> list[str]:

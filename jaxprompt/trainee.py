@@ -22,7 +22,7 @@ from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import resolve
-from jaxprompt.prompts import METHODS, NoPrompt, PromptMethod, slots_of
+from jaxprompt.prompts import METHODS, MethodInputs, NoPrompt, PromptMethod, slots_of
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.prompts.similarity import average_tokens
@@ -199,11 +199,30 @@ def _likeness(config: RunConfig, backbone: Backbone, teacher: np.ndarray) -> flo
     return similarity
 
 
+def text_rows(config: RunConfig, backbone: Backbone) -> np.ndarray | None:
+    """Embeddings of `regularize.wayward_text`, repeated to the prompt's slots, float32 [P, D].
+
+    Returns: None without a text.
+    Raises: UserError if it has no tokens, or more than the prompt has slots.
+    """
+    text, slots = config.regularize.wayward_text, slots_of(config.method)
+    if not text:
+        return None
+    ids = backbone.tokenizer.encode(text)
+    if not 0 < len(ids) <= slots:
+        raise UserError(
+            f"regularize.wayward_text {text!r} has {len(ids)} tokens, the prompt {slots} slots: "
+            "each slot is pulled towards a token, so there have to be some and not more than slots"
+        )
+    return backbone.embedding_rows([ids[n % len(ids)] for n in range(slots)])
+
+
 def taken_apart(
     configs: Sequence[RunConfig],
     backbone: T5,
     values: Sequence[ArrayTree],
     teachers: Sequence[Any] = (),
+    texts: Sequence[Any] = (),
 ) -> tuple[Any, ArrayTree, ArrayTree]:
     """Graph definition, trained and frozen tree of a backbone with all prompts on it.
 
@@ -211,6 +230,9 @@ def taken_apart(
       configs: of the runs; all tune the same.
       values: of each prompt's method, arrays or their shapes; not read with `tune: model`.
       teachers: rows of the prompt that each one learns from, None for one without; or none at all.
+      texts: what each one is pulled towards, `text_rows` or their shape, None for one without; or
+        none at all.
+    Raises: UserError for a text beside a method that makes a prompt for each input.
     """
     if configs[0].tune == "model":
         return split(PromptedT5(backbone), ...)
@@ -218,13 +240,39 @@ def taken_apart(
         METHODS[config.method.name].make(own, config.method)
         for config, own in zip(configs, values, strict=True)
     ]
+    for config, method, text in zip(configs, methods, texts or [None] * len(methods), strict=True):
+        if text is not None and _slots_shape(method, text.shape[1]) != (1, *text.shape):
+            raise UserError(
+                f"regularize.wayward pulls one prompt towards a text, method {config.method.name} "
+                "makes a prompt for each input"
+            )
     fixed = [NoPrompt() if rows is None else FixedPrompt(rows) for rows in teachers]
     taught = any(rows is not None for rows in teachers)
-    return split(PromptedT5(backbone, _together(methods), _together(fixed) if taught else None))
+    return split(
+        PromptedT5(
+            backbone,
+            _together(methods),
+            _together(fixed) if taught else None,
+            {n: text for n, text in enumerate(texts) if text is not None},
+        )
+    )
 
 
 def _together(methods: Sequence[PromptMethod]) -> PromptMethod:
     return methods[0] if len(methods) == 1 else PromptBank(methods)
+
+
+def _slots_shape(method: PromptMethod, d_model: int) -> tuple[int, ...]:
+    """Of what a method puts into slots, for a batch of one token."""
+    graphdef, *trees = split(method)
+
+    def slots(*trees: ArrayTree) -> Any:
+        one = jnp.ones((1, 1), jnp.int32)
+        inputs = MethodInputs(jnp.zeros((1, 1, d_model)), -one, one, one - 1)
+        return merge(graphdef, *trees)(inputs)
+
+    made = jax.eval_shape(slots, *trees)
+    return made.encoder.shape if made.prompt_index_BG is None else ()
 
 
 def artifact_of(
@@ -306,6 +354,11 @@ def _check(config: RunConfig, encoder: TaskEncoder, sources: Sequence[Source]) -
         raise UserError(
             f"train.metric is {config.train.metric!r}, task {config.task.name} has "
             f"{', '.join(task.metrics)}"
+        )
+    if config.regularize.reads_slots and not slots_of(config.method):
+        raise UserError(
+            f"regularize acts on the prompt's slots, and method {config.method.name} has none; set "
+            "prompt_dropout, wayward and noise_on=prompt back"
         )
     if not config.data.packing:
         config.train.check_batch_size("data.batch_size", config.data.batch_size)

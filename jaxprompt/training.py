@@ -1,7 +1,6 @@
 """Trains a prompt over a frozen backbone, several side by side, or with `tune: model` the backbone.
 
-What `train` and `sweep` share. Reads top to bottom: backbone, tasks, prompts, step, evaluation,
-run, results.
+What `train` and `sweep` share. `_train` reads top to bottom; XPrompt comes to it twice.
 """
 
 import contextlib
@@ -16,7 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxprompt import pruning
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.compiled import CompiledStep
@@ -45,6 +46,7 @@ from jaxprompt.trainee import (
     mean_of,
     run_identity,
     taken_apart,
+    text_rows,
     train_batches,
 )
 from jaxprompt.trees import count, size_in_bytes, split
@@ -120,11 +122,9 @@ def train_together(
       names: of each, for people and directories; one empty name for a run of its own.
     Raises: UserError as `train`, for prompts of different methods, or for more than fit in memory.
     """
-    shared, directory = configs[0], Path(output_dir)
+    shared = configs[0]
     mesh = make_mesh(shared.mesh.data, shared.mesh.model)
     meet(mesh)
-
-    # ---- backbone, tasks, data ---------------------------------------------------------------
     backbone = load_backbone(
         shared.backbone.name,
         revision=shared.backbone.revision,
@@ -134,13 +134,58 @@ def train_together(
         param_dtype="float32" if shared.tune == "model" else None,
         quantize="none" if shared.tune == "model" else shared.backbone.quantize,
     )
+    if any(map(pruning.is_pruned, configs)):
+        return _train_twice(configs, names, output_dir, backbone, mesh)
+    return _train(configs, names, output_dir, backbone, mesh)
+
+
+def _train_twice(
+    configs: Sequence[RunConfig],
+    names: Sequence[str],
+    directory: str,
+    backbone: Backbone,
+    mesh: Mesh,
+) -> list[TrainResult]:
+    """Soft prompts first, then what is left of each when it is pruned (XPrompt)."""
+    pruning.check(configs, backbone)
+    starts = [pruning.read_pruned(config, backbone) for config in configs]
+    results: list[Any] = [None] * len(configs)
+    if None in starts:
+        first = list(map(pruning.unpruned, configs)), names, f"{directory}/{pruning.TUNED}"
+        results = _train(*first, backbone, mesh)
+        if not all(result.finished for result in results):
+            return results
+        for n, config in enumerate(configs):
+            if starts[n] is None and not results[n].diverged:
+                starts[n] = pruning.prune(config, backbone, mesh)
+    left = {n: start for n, start in enumerate(starts) if start is not None}
+    if left:
+        second = [configs[n] for n in left], [names[n] for n in left], directory
+        ended = _train(*second, backbone, mesh, list(left.values()))
+        results = [ended.pop(0) if n in left else result for n, result in enumerate(results)]
+    return results
+
+
+def _train(
+    configs: Sequence[RunConfig],
+    names: Sequence[str],
+    output_dir: str,
+    backbone: Backbone,
+    mesh: Mesh,
+    starts: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> list[TrainResult]:
+    """One training, from `starts` or from what each method begins with."""
+    shared, directory = configs[0], Path(output_dir)
+
+    # ---- tasks, data -------------------------------------------------------------------------
     trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
 
     # ---- what is trained, by what step -------------------------------------------------------
-    firsts = [_first_values(one, backbone) for one in trainees]
+    firsts = starts or [_first_values(one, backbone) for one in trainees]
     values = [replicate(mesh, first) for first in firsts]
     teachers = [replicate(mesh, one.teacher) for one in trainees]  # None stays None
-    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values, teachers)
+    texts = [replicate(mesh, text_rows(one.config, backbone)) for one in trainees]
+    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values, teachers, texts)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
@@ -277,7 +322,7 @@ def _measure_baselines(
     trainees: Sequence[Trainee],
     all_progress: Sequence[Progress],
     backbone: Backbone,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
 ) -> None:
     """The bare backbone and the most frequent target, once for each task and its lengths."""
     known: dict[str, dict[str, dict[str, float]]] = {}

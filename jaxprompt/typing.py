@@ -88,11 +88,26 @@ class KeysValues:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LayerSlots:
+    """What the encoder's slots hold from its second layer on; the first has slot embeddings.
+
+    Attributes:
+      values: [N - 1, Q, P, D], before layers 1 to N - 1.
+      adds_Q: bool, added to the hidden states there (True) or in their place (False).
+    """
+
+    values: Array
+    adds_Q: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PromptValues:
     """What a prompt method hands the backbone; the backbone knows this and never a method.
 
     Attributes:
       encoder: embeddings of encoder slots, [Q, P, D].
+      encoder_layers: what encoder slots hold in later layers.
       decoder: embeddings of decoder slots, [Q, P, D].
       encoder_self: keys and values of every encoder self-attention.
       decoder_self: keys and values of every decoder self-attention.
@@ -103,6 +118,7 @@ class PromptValues:
     """
 
     encoder: Array | None = None
+    encoder_layers: LayerSlots | None = None
     decoder: Array | None = None
     encoder_self: KeysValues | None = None
     decoder_self: KeysValues | None = None

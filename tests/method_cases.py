@@ -33,6 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "smop": {"length": 3, "prompts": 3},
     "pt-moe": {"length": 4, "rank": 2, "experts": 3},
     "attempt": {"length": 4, "hidden": 6, "temperature": 1.5, "sources": ["one", "other"]},
+    "xprompt": {"length": 6, "pieces": 4},
+    "per-layer": {"length": 3},
+    "per-layer add": {"length": 3, "mode": "add"},
 }
 
 

@@ -32,7 +32,7 @@ OPTIONS = [
     "backbone.dropout=0.1", "data.row_multiple=2",
 ]  # fmt: skip
 RUNS = ["p-tuning", "residual", "p-tuning-v2", "prefix", "dpt", "lopt",
-        "superpos", "dept", "adept", "smop", "pt-moe", "attempt"]  # fmt: skip
+        "superpos", "dept", "adept", "smop", "pt-moe", "attempt", "per-layer"]  # fmt: skip
 
 
 def options_of(case: str, world: World) -> list[str]:

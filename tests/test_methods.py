@@ -88,6 +88,14 @@ def superpos(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
     )
 
 
+def xprompt(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    pieces = iter(v["kept"])
+    nothing = np.zeros(v["kept"].shape[1])
+    return np.stack([
+        np.concatenate([next(pieces) if there else nothing for there in row]) for row in v["mask"]
+    ])  # fmt: skip
+
+
 ROWS: dict[str, Oracle] = {
     "soft": lambda v, config: v["prompt"],
     "p-tuning": p_tuning,
@@ -97,6 +105,8 @@ ROWS: dict[str, Oracle] = {
     "superpos": superpos,
     "dept": lambda v, config: v["prompt"],
     "adept": lambda v, config: v["prompt"],
+    "per-layer": lambda v, config: v["prompts"][0],
+    "xprompt": xprompt,
 }
 
 
@@ -159,6 +169,8 @@ def attempt(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarr
 
 MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe, "attempt": attempt}
 
+UNFOLDED = ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe", "attempt", "per-layer")
+
 PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T5-large
     "soft": ({"length": 100}, 768, 76_800),
     "residual": ({"length": 100, "hidden": 400}, 1024, 925_072),
@@ -167,6 +179,9 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
     "adept": ({"length": 60, "rank": 19}, 768, 76_051),
     "smop": ({"length": 5, "prompts": 4}, 768, 18_432),
     "attempt": ({"length": 100}, 768, 231_936),
+    # half of 20 slots and of their 16 pieces: a quarter of a soft prompt's
+    "xprompt": ({"length": 20}, 768, 20 * 768 // 4),
+    "per-layer": ({"length": 10}, 768, 3 * 10 * 768),  # of the tiny backbone's three layers
 }
 
 
@@ -230,6 +245,11 @@ def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: 
         assert found.keys.shape == found.values.shape == shape
         np.testing.assert_allclose(found.keys[:, 0], keys, **close)
         np.testing.assert_allclose(found.values[:, 0], own, **close)
+    if name != "per-layer":
+        assert values.encoder_layers is None
+    else:
+        assert values.encoder_layers.adds_Q.tolist() == [config.mode == "add"]
+        np.testing.assert_allclose(values.encoder_layers.values[:, 0], v["prompts"][1:], **close)
     if name not in DELTAS:
         assert values.input_delta is None
     else:
@@ -281,8 +301,7 @@ class TestEveryMethod:
         config = config_of(case)
         info = METHODS[config.name]
         if info.fold is None:
-            kept = ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe", "attempt")
-            assert config.name in kept
+            assert config.name in UNFOLDED
             return
         plain = info.fold(shaken(config), config)
         assert plain.config.name in ("soft", "p-tuning-v2")
@@ -310,7 +329,8 @@ def _end(ids: np.ndarray) -> int:
 
 @pytest.mark.parametrize("case", METHODS)
 def test_packed_rows_of_a_bank_equal_each_prompt_alone(case: str):
-    methods = [make(case, seed) for seed in (0, 1)]
+    other = {"mode": "add"} if case == "per-layer" else {}
+    methods = [make(case), make(case, 1, **other)]
     examples = [examples_of(case, 3, seed=n, prompt=n) for n in (0, 1)]
     first, second = examples
     rows = [[first[0], second[0], first[1]], [second[1], first[2], second[2]]]
@@ -400,6 +420,41 @@ def test_attempt_wants_sources_of_its_shape():
         shaken(config_of("attempt", length=3))
 
 
+@pytest.mark.parametrize("case", ["per-layer", "per-layer add"])
+def test_a_layer_sees_its_own_prompt_in_the_slots(case: str):
+    """With one layer that does anything, all is as with a soft prompt of what its slots hold."""
+    batch, prompts_NPD = packed(case), np.asarray(shaken(config_of(case))["prompts"])
+    token_BS = np.asarray((batch.encoder_slots_BS < 0) & (batch.encoder_segments_BS > 0))
+
+    def encoder(method: PromptMethod) -> Callable:
+        graphdef, _, _ = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), method))
+        run = jax.jit(lambda trained, params: trees.merge(
+            graphdef, trained, {"backbone": {"params": params}}).encode(batch)[1])  # fmt: skip
+        return lambda params, values: np.asarray(run({"method": values}, params))[token_BS]
+
+    layered, soft = encoder(make(case)), encoder(make("soft", length=3))
+    for only in range(CONFIG.num_layers):
+        idle_N = np.arange(CONFIG.num_layers) != only
+
+        def silent(path: str, leaf: jax.Array, idle_N: np.ndarray = idle_N) -> jax.Array:
+            ends = path.startswith("encoder/layers") and path.endswith(("out/kernel", "wo/kernel"))
+            return jnp.asarray(np.where(idle_N.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
+                               if ends else leaf)  # fmt: skip
+
+        params = trees.map_with_path(silent, PARAMS)
+        rows = prompts_NPD[only] if case == "per-layer" else prompts_NPD[: only + 1].sum(0)
+        found = layered(params, {"prompts": jnp.asarray(prompts_NPD)})
+        np.testing.assert_allclose(found, soft(params, {"prompt": jnp.asarray(rows)}), atol=2e-5)
+
+
+def test_a_prompt_without_slots_in_layers_has_its_place_in_a_bank():
+    bank = PromptBank([NoPrompt(), make("per-layer"), make("per-layer add")])
+    layers = bank(inputs_of(packed("per-layer"))).encoder_layers
+    assert layers is not None and layers.adds_Q.tolist() == [True, False, True]
+    assert layers.values.shape == (CONFIG.num_layers - 1, 3, 3, CONFIG.d_model)
+    assert not np.asarray(layers.values[:, 0]).any()
+
+
 def test_smop_draws_in_training_only():
     """Logits times (1 + e): another choice or share with a key, the same without."""
     batch, method = packed("smop"), make("smop")
@@ -422,6 +477,10 @@ WRONG = {
     "noise": ("smop", {"noise": -1}, "method.noise is -1"),
     "temperature": ("attempt", {"temperature": 0}, "method.temperature is 0"),
     "another's option": ("soft", {"rank": 3}, "unknown key 'rank'"),
+    "pieces": ("xprompt", {"pieces": 0}, "method.pieces is 0"),
+    "no piece": ("xprompt", {"keep_pieces": 0}, "method.keep_pieces is 0"),
+    "no slot": ("xprompt", {"keep_tokens": 0.05}, "0.05 of method.length 6 leaves no slot"),
+    "mode": ("per-layer", {"mode": "both"}, "'mode' must be one of replace, add"),
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
 }
 

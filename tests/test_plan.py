@@ -71,7 +71,12 @@ def test_of_a_sweep_the_first_bank_is_planned(world: World, capsys: pytest.Captu
     assert single["shape"] == one["shape"]
 
 
-@pytest.mark.parametrize("overrides", [["mesh.data=1"], ["mesh.data=2"], ["tune=model"]])
+REGULARIZED = ["regularize.wayward=1", "regularize.wayward_text=good", "regularize.noise=1"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["mesh.data=1"], ["mesh.data=2", *REGULARIZED], ["tune=model"]]
+)
 def test_the_plan_compiles_the_step_that_training_compiles(
     overrides: list[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -59,8 +59,13 @@ def abstract_step(
     values = jax.tree.map(placed, _method_values(config, t5))
     rows = (slots_of(config.method), t5.d_model)
     teacher = placed(np.empty(rows, np.float32)) if config.distil.prompt else None
+    text = placed(jax.ShapeDtypeStruct(rows, jnp.float32)) if config.regularize.wayward else None
     graphdef, trained, frozen = taken_apart(
-        [config] * prompts, T5(t5, params, compute), [values] * prompts, [teacher] * prompts
+        [config] * prompts,
+        T5(t5, params, compute),
+        [values] * prompts,
+        [teacher] * prompts,
+        [text] * prompts,
     )
     optimizers = [make_optimizer(config.optim, total_steps(config, 0))] * prompts
     init = functools.partial(init_state, optimizers=optimizers, seeds=range(prompts))

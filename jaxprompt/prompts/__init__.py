@@ -8,10 +8,12 @@ from jaxprompt.prompts.low_rank import DPT, LOPT
 from jaxprompt.prompts.mixture import PT_MOE, SMOP
 from jaxprompt.prompts.p_tuning import P_TUNING
 from jaxprompt.prompts.p_tuning_v2 import P_TUNING_V2
+from jaxprompt.prompts.per_layer import PER_LAYER
 from jaxprompt.prompts.prefix import PREFIX
 from jaxprompt.prompts.residual import RESIDUAL
 from jaxprompt.prompts.soft import SOFT
 from jaxprompt.prompts.superpos import SUPERPOS
+from jaxprompt.prompts.xprompt import XPROMPT
 
 METHODS: dict[str, MethodInfo] = {
     info.name: info
@@ -29,6 +31,8 @@ METHODS: dict[str, MethodInfo] = {
         SMOP,
         PT_MOE,
         ATTEMPT,
+        PER_LAYER,
+        XPROMPT,
     )
 }
 

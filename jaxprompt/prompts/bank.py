@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
-from jaxprompt.typing import Array, ArrayTree, KeysValues, PromptValues, UserError
+from jaxprompt.typing import Array, ArrayTree, KeysValues, LayerSlots, PromptValues, UserError
 
 
 class PromptBank(PromptMethod):
@@ -37,6 +37,7 @@ class PromptBank(PromptMethod):
         counts = [_count(values) for values in all_values]
         return PromptValues(
             encoder=_joined([v.encoder for v in all_values], counts, axis=0),
+            encoder_layers=_joined_layers([v.encoder_layers for v in all_values], counts),
             decoder=_joined([v.decoder for v in all_values], counts, axis=0),
             encoder_self=_joined_keys([v.encoder_self for v in all_values], counts),
             decoder_self=_joined_keys([v.decoder_self for v in all_values], counts),
@@ -127,6 +128,17 @@ def _joined_keys(parts: Sequence[KeysValues | None], counts: Sequence[int]) -> K
 def _padding(missing: int, in_front: bool) -> tuple[int, int]:
     """Where a shorter prompt is padded: in front if its last slot is next to the text."""
     return (missing, 0) if in_front else (0, missing)
+
+
+def _joined_layers(parts: Sequence[LayerSlots | None], counts: Sequence[int]) -> LayerSlots | None:
+    values = _joined([part and part.values for part in parts], counts, axis=1)
+    if values is None:
+        return None
+    adds = [
+        jnp.ones(count, bool) if part is None else part.adds_Q
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    return LayerSlots(values, jnp.concatenate(adds))
 
 
 def _own_delta(parts: Sequence[Array | None], inputs: MethodInputs) -> Array | None:

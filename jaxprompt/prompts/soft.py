@@ -51,7 +51,7 @@ def folding(make: Callable[[Values, Any], MadeRows]) -> Callable[[Values, Method
 
     def fold(values: Values, config: MethodConfig) -> Folded:
         rows_PD = make(values, config).rows()
-        return Folded(MethodConfig(length=config.length), {"prompt": rows_PD})
+        return Folded(MethodConfig(length=len(rows_PD)), {"prompt": rows_PD})
 
     return fold
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxprompt.t5.attention import relative_bias
 from jaxprompt.t5.config import Compute, T5Config
-from jaxprompt.t5.layers import place_slots, rms_norm
+from jaxprompt.t5.layers import rms_norm
 from jaxprompt.t5.model import (
     cross_projections,
     decoder_layer,
@@ -19,6 +19,7 @@ from jaxprompt.t5.model import (
     logits,
     self_projections,
 )
+from jaxprompt.t5.slots import SlotPlaces
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
 
@@ -117,9 +118,8 @@ def begin(
     )
     embeds_BTD = embed_tokens(params, batch.decoder_ids_BT, compute)
     if values.decoder is not None:
-        embeds_BTD = place_slots(
-            embeds_BTD, batch.decoder_slots_BT, batch.decoder_segments_BT, values.decoder, index_BG
-        )
+        places = SlotPlaces(batch.decoder_slots_BT, batch.decoder_segments_BT, index_BG)
+        embeds_BTD = places.fill(embeds_BTD, values.decoder)
     rows, length, _ = embeds_BTD.shape
     room = length + max_new_tokens
     cache = _empty_cache(config, rows, room, embeds_BTD.dtype, values.decoder_self, index_B)

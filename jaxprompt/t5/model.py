@@ -26,13 +26,13 @@ from jaxprompt.t5.layers import (
     fold_key,
     mlp,
     param_specs,
-    place_slots,
     rms_norm,
 )
 from jaxprompt.t5.paths import Path, choose
 from jaxprompt.t5.remat import crosses_at_once, keep, rematerialised
 from jaxprompt.t5.sight import Sight
-from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
+from jaxprompt.t5.slots import SlotPlaces, of_all_layers
+from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, LayerSlots, PromptValues
 
 
 class T5(nnx.Module):
@@ -87,6 +87,7 @@ def encode(
     segments_BS: Array,
     *,
     prefix: KeysValues | None = None,
+    slots: tuple[SlotPlaces, LayerSlots] | None = None,
     prompt_index_BG: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -96,6 +97,7 @@ def encode(
     Args:
       segments_BS: segment ids, 0 = padding; attention stays inside a segment.
       prefix: trained keys and values of every layer.
+      slots: what stands in the slots of later layers.
       prompt_index_BG: which of the Q a segment uses; None = one segment a row, and the first.
       dropout_key: None = no dropout; one, or [B], of each row.
     """
@@ -106,8 +108,10 @@ def encode(
     shared_bias = _shared_bias(config, path, stack)
 
     def layer(x_BSD: Array, scanned: tuple) -> tuple[Array, None]:
-        p, prefix_QPHK, key = scanned
+        p, (prefix_QPHK, filling), key = scanned
         keys = _layer_keys(key, 4)
+        if slots is not None:
+            x_BSD = slots[0].fill(x_BSD, *filling)
         h = rms_norm(p["pre_attention_layer_norm"]["scale"], x_BSD, config.layer_norm_epsilon)
         query, key_, value = (
             keep(project(p["attention"][n]["kernel"], h), n) for n in ("query", "key", "value")
@@ -124,7 +128,7 @@ def encode(
         layer,
         embeds_BSD,
         stack["layers"],
-        _pair(prefix),
+        (_pair(prefix), of_all_layers(slots and slots[1])),
         config.num_layers,
         compute,
         dropout_rate,
@@ -270,21 +274,34 @@ def encode_batch(
     *,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    prompt_dropout: float = 0.0,
+    noise_BSD: Array | None = None,
 ) -> Array:
-    """Embeds a batch's encoder side, places its slots and encodes it: float [B, S, D]."""
+    """Embeds a batch's encoder side, places its slots and encodes it: float [B, S, D].
+
+    Args:
+      prompt_dropout: rate of dropout on what stands in the slots alone; the same in all layers.
+      noise_BSD: added to the embeddings, slots' and tokens'.
+    """
     index_BG = batch.prompt_index_BG if values.prompt_index_BG is None else values.prompt_index_BG
     embeds_BSD = embed_tokens(params, batch.encoder_ids_BS, compute)
     if values.input_delta is not None:
         embeds_BSD = embeds_BSD + values.input_delta.astype(embeds_BSD.dtype)
+    scale_BSD = None
+    if prompt_dropout and dropout_key is not None:
+        ones_BSD = jnp.ones_like(embeds_BSD)
+        scale_BSD = dropout(ones_BSD, prompt_dropout, fold_key(dropout_key, 4))
+    places = SlotPlaces(batch.encoder_slots_BS, batch.encoder_segments_BS, index_BG, scale_BSD)
     if values.encoder is not None:
-        embeds_BSD = place_slots(
-            embeds_BSD, batch.encoder_slots_BS, batch.encoder_segments_BS, values.encoder, index_BG
-        )
+        embeds_BSD = places.fill(embeds_BSD, values.encoder)
+    if noise_BSD is not None:
+        embeds_BSD = embeds_BSD + noise_BSD.astype(embeds_BSD.dtype)
     embeds_BSD = dropout(embeds_BSD, dropout_rate, fold_key(dropout_key, 0))
     return encode(
         params, config, compute, embeds_BSD, batch.encoder_segments_BS,
-        prefix=values.encoder_self, prompt_index_BG=index_BG,
-        dropout_rate=dropout_rate, dropout_key=fold_key(dropout_key, 1),
+        prefix=values.encoder_self,
+        slots=None if values.encoder_layers is None else (places, values.encoder_layers),
+        prompt_index_BG=index_BG, dropout_rate=dropout_rate, dropout_key=fold_key(dropout_key, 1),
     )  # fmt: skip
 
 
@@ -303,9 +320,8 @@ def decode_batch(
     index_BG = batch.prompt_index_BG if values.prompt_index_BG is None else values.prompt_index_BG
     embeds_BTD = embed_tokens(params, batch.decoder_ids_BT, compute)
     if values.decoder is not None:
-        embeds_BTD = place_slots(
-            embeds_BTD, batch.decoder_slots_BT, batch.decoder_segments_BT, values.decoder, index_BG
-        )
+        places = SlotPlaces(batch.decoder_slots_BT, batch.decoder_segments_BT, index_BG)
+        embeds_BTD = places.fill(embeds_BTD, values.decoder)
     embeds_BTD = dropout(embeds_BTD, dropout_rate, fold_key(dropout_key, 2))
     return decode(
         params, config, compute, embeds_BTD, batch.decoder_segments_BT,
