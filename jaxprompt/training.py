@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.checkpoint import Checkpoints
-from jaxprompt.compiled import CompiledStep
+from jaxprompt.compiled import CompiledStep, room_for_activations
 from jaxprompt.config import RunConfig, dump
 from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
 from jaxprompt.data.side_by_side import Part, SideBySide
@@ -130,10 +130,13 @@ def train_together(
         revision=shared.backbone.revision,
         mesh=mesh,
         weights_over_data=shared.mesh.weights_over_data,
-        compute=shared.backbone.compute(),
+        compute=shared.compute(),
         param_dtype="float32" if shared.tune == "model" else None,
         quantize="none" if shared.tune == "model" else shared.backbone.quantize,
     )
+    if shared.tune == "prompt":
+        compute = dataclasses.replace(backbone.compute, room=room_for_activations())
+        backbone = dataclasses.replace(backbone, compute=compute)
     trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
 
     # ---- what is trained, by what step -------------------------------------------------------
