@@ -57,8 +57,10 @@ class BackboneConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int = 0
-    remat: Literal["none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots"] = "none"
-    attention: Literal["auto", "plain", "chunked", "windowed"] = "auto"
+    remat: Literal["auto", "none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots"] = (
+        "auto"
+    )
+    attention: Literal["auto", "plain", "chunked", "windowed", "rowwise"] = "auto"
     quantize: Literal["none", "int8", "int4"] | None = None
     dropout: float | None = None
 
@@ -90,11 +92,14 @@ class MeshConfig:
       model: devices that share one copy of the backbone.
       weights_over_data: divide the backbone's weights over `data` as well: less memory, more
         communication.
+      rows_over_model: divide what stands between matmuls over `model` as well, by rows, where they
+        divide: less memory and work, as much communication.
     """
 
     data: int = -1
     model: int = 1
     weights_over_data: bool = False
+    rows_over_model: bool = False
 
     def __post_init__(self):
         for name in ("data", "model"):
@@ -190,6 +195,12 @@ class RunConfig:
                 raise UserError("distil.prompt teaches prompts; leave it out with tune: model")
             if self.regularize.is_on:
                 raise UserError("regularize is for prompts, and tune: model trains none")
+
+    def compute(self) -> Compute:
+        """How the backbone is computed, on a mesh that is still to be made."""
+        return dataclasses.replace(
+            self.backbone.compute(), rows_over_model=self.mesh.rows_over_model
+        )
 
 
 @dataclasses.dataclass(frozen=True)

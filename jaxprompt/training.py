@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxprompt import pruning
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.checkpoint import Checkpoints
-from jaxprompt.compiled import CompiledStep
+from jaxprompt.compiled import CompiledStep, room_for_activations
 from jaxprompt.config import RunConfig, dump
 from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
 from jaxprompt.data.side_by_side import Part, SideBySide
@@ -130,10 +130,13 @@ def train_together(
         revision=shared.backbone.revision,
         mesh=mesh,
         weights_over_data=shared.mesh.weights_over_data,
-        compute=shared.backbone.compute(),
+        compute=shared.compute(),
         param_dtype="float32" if shared.tune == "model" else None,
         quantize="none" if shared.tune == "model" else shared.backbone.quantize,
     )
+    if shared.tune == "prompt":
+        compute = dataclasses.replace(backbone.compute, room=room_for_activations())
+        backbone = dataclasses.replace(backbone, compute=compute)
     if any(map(pruning.is_pruned, configs)):
         return _train_twice(configs, names, output_dir, backbone, mesh)
     return _train(configs, names, output_dir, backbone, mesh)

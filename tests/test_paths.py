@@ -16,9 +16,10 @@ from jaxprompt.t5.attention import attend, relative_bias, with_prefix
 from jaxprompt.t5.chunks import CHUNK, Chunked
 from jaxprompt.t5.config import ATTENTION_PATHS, Compute
 from jaxprompt.t5.paths import LONG, PACKED, PATHS, Plain, choose
+from jaxprompt.t5.rowwise import Rowwise
 from jaxprompt.t5.sight import NOBODY, Sight
 from jaxprompt.t5.windows import Windowed
-from jaxprompt.typing import Array
+from jaxprompt.typing import Array, UserError
 
 HEADS, KV, BUCKETS, PROMPTS, SLOTS = 2, 4, 8, 3, 2
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0], [1] * 6 + [2] * 5], np.int32)
@@ -116,6 +117,26 @@ def test_windows_equal_the_plain_path(case: Case, size: int, widths: tuple[int, 
     got = context_and_gradient(Windowed(case.sight(), size, widths), case, real=True)
     want = context_and_gradient(Plain(case.sight()), case, real=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+@every_case
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)], ids="data, model {}".format)
+def test_rows_one_by_one_equal_the_plain_path(case: Case, mesh: tuple[int, int]):
+    """On a mesh each device goes through its own rows and heads."""
+    got = context_and_gradient(Rowwise(case.sight(), make_mesh(*mesh)), case)
+    want = context_and_gradient(Plain(case.sight()), case)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_rows_one_by_one_refuse_dropout():
+    with pytest.raises(UserError, match="rowwise has no dropout"):
+        context(
+            Rowwise(Case().sight()),
+            Case(),
+            arrays(),
+            dropout_rate=0.1,
+            dropout_key=jax.random.key(0),
+        )
 
 
 @given(
@@ -348,3 +369,21 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch):
     sight = Sight(jnp.zeros((1, 1024), int), jnp.zeros((1, 1024), int))
     spread = Compute(mesh=make_mesh(2, 1))
     assert type(choose(spread, sight, 4)) is not Windowed
+
+
+def test_rows_are_taken_one_by_one_where_their_scores_stay_in_fast_memory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sight = Sight(jnp.zeros((1, 512), int), jnp.zeros((1, 1024), int))
+
+    def chosen(heads: int, model: int = 1, has_dropout: bool = False) -> type:
+        compute = Compute(mesh=make_mesh(1, model))
+        return type(choose(compute, sight, 1, heads, has_dropout))
+
+    assert chosen(16) is Plain
+    monkeypatch.setattr(Compute, "platform", "tpu")
+    assert chosen(16) is Rowwise  # 16 x 512 x 1024 numbers of 4 bytes: 32 MiB
+    assert chosen(16, has_dropout=True) is Chunked
+    assert chosen(17) is Chunked
+    assert chosen(32) is Chunked
+    assert chosen(32, model=2) is Rowwise

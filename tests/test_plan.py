@@ -323,7 +323,7 @@ def test_an_estimate_raises_what_it_does_not_know(world: World, monkeypatch: pyt
     topology = Topology("cpu:1", None, jax.devices()[:1])
 
     def fails(text: str) -> Any:
-        def compile(self: Any) -> Any:
+        def compile(self: Any, **options: Any) -> Any:
             raise jax.errors.JaxRuntimeError(text)
 
         return compile

@@ -22,6 +22,7 @@ from jaxprompt.steps import TrainState, init_state
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params, param_specs
 from jaxprompt.t5.model import T5
+from jaxprompt.t5.remat import settled
 from jaxprompt.trainee import taken_apart, total_steps
 from jaxprompt.typing import ArrayTree, Batch
 
@@ -32,11 +33,13 @@ class AbstractStep:
 
     Attributes:
       mesh: of devices, which need not be here.
+      remat: the policy, also where the config leaves it to the step.
       traced: the program as JAX sees it: `.jaxpr`, and `.lower().compile()`.
       state, frozen, batch: shapes, types and places of what it is called with.
     """
 
     mesh: Mesh
+    remat: str
     traced: jax.stages.Traced
     state: TrainState
     frozen: ArrayTree
@@ -44,18 +47,26 @@ class AbstractStep:
 
 
 def abstract_step(
-    config: RunConfig, t5: T5Config, mesh: Mesh, shape: StepShape, prompts: int = 1
+    config: RunConfig,
+    t5: T5Config,
+    mesh: Mesh,
+    shape: StepShape,
+    prompts: int = 1,
+    memory: float | None = None,
 ) -> AbstractStep:
     """The step that `jaxprompt train` compiles for a config, on a mesh.
 
     Args:
       prompts: trained at once, all with this config.
+      memory: bytes of an accelerator that a program may use.
     Raises: UserError for sizes that do not divide over the mesh.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = functools.partial(_placed, everywhere)
-    compute = dataclasses.replace(config.backbone.compute(), mesh=mesh)
     params = _weights(config, t5, mesh)
+    room = None if memory is None or config.tune == "model" else memory - own_bytes(params)
+    compute = dataclasses.replace(config.compute(), mesh=mesh, room=room)
+    remat = settled(compute, t5, shape.rows // config.train.accumulate, shape.encoder).remat
     values = jax.tree.map(placed, _method_values(config, t5))
     rows = (slots_of(config.method), t5.d_model)
     teacher = placed(np.empty(rows, np.float32)) if config.distil.prompt else None
@@ -73,7 +84,7 @@ def abstract_step(
     batch = _batch(mesh, shape)
     step = CompiledStep(graphdef, optimizers)
     traced = step.traced(step_options(config), state, frozen, batch)
-    return AbstractStep(mesh, traced, state, frozen, batch)
+    return AbstractStep(mesh, remat, traced, state, frozen, batch)
 
 
 def weights_on_a_device(config: RunConfig, t5: T5Config, mesh: Mesh) -> int:

@@ -1,14 +1,17 @@
 """Ways to compute the attention of whole rows, and the one place that picks one: `choose`.
 
-`Plain` holds all scores of a row at once, `chunks.Chunked` those of some queries and
-`windows.Windowed` of those only what their segments see. Called by `t5.model`.
+`Plain` holds all scores of all rows at once, `rowwise.Rowwise` those of one row, `chunks.Chunked`
+those of some queries and `windows.Windowed` of those only what their segments see. Called by
+`t5.model`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from jaxprompt.t5.attention import attend
 from jaxprompt.t5.chunks import CHUNK, Chunked
 from jaxprompt.t5.config import Compute
+from jaxprompt.t5.rowwise import BLOCK, Rowwise
 from jaxprompt.t5.sight import Sight
 from jaxprompt.t5.windows import Windowed
 from jaxprompt.typing import Array
@@ -65,21 +68,30 @@ class Plain:
         )
 
 
-PATHS: dict[str, type[Plain] | type[Chunked]] = {
+PATHS: dict[str, Callable[[Sight], Path]] = {
     "plain": Plain,
     "chunked": Chunked,
     "windowed": Windowed,
+    "rowwise": Rowwise,
 }
 
 
-def choose(compute: Compute, sight: Sight, segments: int = 1) -> Path:
+def choose(
+    compute: Compute, sight: Sight, segments: int = 1, heads: int = 0, has_dropout: bool = False
+) -> Path:
     """The path for these rows.
 
     Args:
       compute: its `attention`; "auto" takes windows or chunks where there are at least two chunks
         and rows are long for the platform, windows only on one device: their loop goes row by row.
+        On TPU rows whose scores stay in fast memory are taken one by one, not in chunks, but not
+        with prefixes before the text: their bias is another in every row.
       segments: how many examples a row may hold.
+      heads: of the whole backbone; 0 = unknown, and never row by row.
+      has_dropout: whether weights of attention are dropped.
     """
+    if compute.attention == "rowwise":
+        return Chunked(sight) if sight.before_text else Rowwise(sight, compute.mesh)
     if compute.attention != "auto":
         return PATHS[compute.attention](sight)
     queries, keys = sight.query_segments_BT.shape[1], sight.key_segments_BS.shape[1]
@@ -89,4 +101,10 @@ def choose(compute: Compute, sight: Sight, segments: int = 1) -> Path:
     one_device = not compute.is_spread
     if one_device and segments > 1 and not sight.prefix and keys >= PACKED.get(platform, keys + 1):
         return Windowed(sight)
-    return Chunked(sight) if keys >= LONG.get(platform, LONG["gpu"]) else Plain(sight)
+    if keys < LONG.get(platform, LONG["gpu"]):
+        return Plain(sight)
+    own_heads = heads // (1 if compute.mesh is None else compute.mesh.shape["model"])
+    fits = 0 < own_heads * queries * keys * 4 <= BLOCK
+    if platform == "tpu" and fits and not has_dropout and not sight.before_text:
+        return Rowwise(sight, compute.mesh)
+    return Chunked(sight)
