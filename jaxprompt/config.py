@@ -14,6 +14,7 @@ from jaxprompt import schema
 from jaxprompt.data.encoder import DataConfig
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig, read_task
+from jaxprompt.distil import DistilConfig
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
 from jaxprompt.optim import OptimConfig, resolve
@@ -129,33 +130,6 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         if self.at_once < 0:
             raise UserError(f"train.at_once is {self.at_once}, it cannot be negative")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistilConfig:
-    """A trained prompt of another task as a teacher: PANDA (Zhong et al. 2022, arXiv 2208.10160).
-
-    A squared distance between the logits that the prompt and the teacher's give is added to the
-    loss of every target token, times `weight` and the similarity of teacher and task. The distance
-    is that of WHU-ZQH/PANDA, with the vocabulary for its classes; there it is divided by the batch
-    size once more, dropout is on in the teacher too and the similarity a number given by hand.
-
-    Attributes:
-      prompt: the teacher, a soft prompt of the same backbone and length; empty = none.
-      weight: of the distance; the code's.
-      target: a prompt trained on this run's task, whose `average-tokens` similarity to the
-        teacher, as `jaxprompt transfer` tells it, scales the weight; empty = 1.
-    """
-
-    prompt: str = ""
-    weight: float = 0.1
-    target: str = ""
-
-    def __post_init__(self):
-        if self.weight <= 0:
-            raise UserError(f"distil.weight is {self.weight}, it has to be above 0")
-        if self.target and not self.prompt:
-            raise UserError("distil.target is given, but no distil.prompt to compare it with")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jaxprompt.config import RunConfig, dump
 from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
 from jaxprompt.data.side_by_side import Part, SideBySide
 from jaxprompt.evaluate import Evaluator
-from jaxprompt.files import held, make_directory, write_file
+from jaxprompt.files import held, make_directory, size_on_disk, write_file
 from jaxprompt.hosts import is_first
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
@@ -300,7 +300,7 @@ def _train(
             best_step=progress.best_step,
             steps=progress.ended or int(jax.device_get(state.step)),
             examples_per_second=progress.examples_per_second,
-            prompt_bytes=_bytes_in(one.directory / "best"),
+            prompt_bytes=size_on_disk(one.directory / "best"),
             backbone_bytes=size_in_bytes(backbone.params),
             finished=progress.finished,
             diverged=progress.diverged,
@@ -397,7 +397,3 @@ def _cut_lines(cuts: Mapping[str, Mapping[str, int]]) -> list[str]:
         for side in ("input", "target")
         if counts[f"cut_{side}s"]
     ]
-
-
-def _bytes_in(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*")) if directory.is_dir() else 0

@@ -14,7 +14,7 @@ from run_fixtures import CONFIG, World, assert_same_end, compiled, source_of, wo
 from jaxprompt import steps, trees
 from jaxprompt.artifact import load_artifact, save_artifact
 from jaxprompt.backbone import load_backbone
-from jaxprompt.config import DistilConfig
+from jaxprompt.distil import DistilConfig
 from jaxprompt.model import PromptedT5
 from jaxprompt.planning.abstract import abstract_step
 from jaxprompt.planning.flops import matmul_flops

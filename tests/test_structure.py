@@ -20,7 +20,7 @@ HOUSE = [
         *("metrics", "plots", "quantize", "recipes", "schema", "sharding"),
         *("tensorfile", "text_match", "trees"),
     ],
-    ["prompts", "regularize", "t5"],
+    ["distil", "prompts", "regularize", "t5"],
     ["data", "model"],
     ["artifact", "backbone", "checkpoint", "interop", "optim"],
     ["steps"],

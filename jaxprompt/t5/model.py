@@ -27,7 +27,7 @@ from jaxprompt.t5.layers import (
     param_specs,
     rms_norm,
 )
-from jaxprompt.t5.paths import Path, choose
+from jaxprompt.t5.paths import layer_bias, path_of, shared_bias_of
 from jaxprompt.t5.remat import crosses_at_once, keep, rematerialised, settled
 from jaxprompt.t5.sight import Sight
 from jaxprompt.t5.slots import SlotPlaces, of_all_layers
@@ -107,8 +107,8 @@ def encode(
     index_BG = _first_prompt(segments_BS) if prompt_index_BG is None else prompt_index_BG
     sight = Sight(segments_BS, segments_BS, max_distance=config.relative_attention_max_distance)
     has_dropout = dropout_rate > 0 and dropout_key is not None
-    path = _path(compute, config, sight, prefix, index_BG, has_dropout)
-    shared_bias = _shared_bias(config, path, stack)
+    path = path_of(compute, config, sight, prefix, index_BG, has_dropout)
+    shared_bias = shared_bias_of(config, path, stack)
 
     def layer(x_BSD: Array, scanned: tuple) -> tuple[Array, None]:
         p, (prefix_QPHK, filling), key = scanned
@@ -122,7 +122,7 @@ def encode(
         )
         if prefix_QPHK is not None:
             key_, value = with_prefix(prefix_QPHK, index_BG, key_, value)
-        bias = _layer_bias(path, p, shared_bias)
+        bias = layer_bias(path, p, shared_bias)
         context = path(query, key_, value, bias, dropout_rate, keys[0])
         attended = summed(compute, project_out(p["attention"]["out"]["kernel"], context))
         x_BSD = keep(x_BSD + dropout(attended, dropout_rate, keys[1]), "residual")
@@ -166,9 +166,9 @@ def decode(
     )  # fmt: skip
     has_dropout = dropout_rate > 0 and dropout_key is not None
     cross_sight = Sight(segments_BT, encoder_segments_BS)
-    self_path = _path(compute, config, self_sight, self_prefix, index_BG, has_dropout)
-    cross_path = _path(compute, config, cross_sight, cross_prefix, index_BG, has_dropout)
-    shared_bias = _shared_bias(config, self_path, stack)
+    self_path = path_of(compute, config, self_sight, self_prefix, index_BG, has_dropout)
+    cross_path = path_of(compute, config, cross_sight, cross_prefix, index_BG, has_dropout)
+    shared_bias = shared_bias_of(config, self_path, stack)
 
     def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, None]:
         p, prefixes, key = scanned
@@ -177,7 +177,7 @@ def decode(
         query, key_, value = self_projections(p, config, x_BTD, compute)
         if self_QPHK is not None:
             key_, value = with_prefix(self_QPHK, index_BG, key_, value)
-        self_over = (key_, value, _layer_bias(self_path, p, shared_bias))
+        self_over = (key_, value, layer_bias(self_path, p, shared_bias))
         key_, value = crossed or cross_projections(p, encoded_BSD)
         if cross_QPHK is not None:
             key_, value = with_prefix(cross_QPHK, index_BG, key_, value)
@@ -380,33 +380,6 @@ def layers_unrolled(compute: Compute, count: int) -> int:
     """
     unrolled = count if compute.platform == "cpu" and compute.remat in ("none", "auto") else 1
     return min(compute.scan_unroll or unrolled, count)
-
-
-def _path(
-    compute: Compute,
-    config: T5Config,
-    sight: Sight,
-    prefix: KeysValues | None,
-    prompt_index_BG: Array,
-    has_dropout: bool,
-) -> Path:
-    """How a stack's attention is computed, with the keys of its trained prefixes in sight."""
-    if prefix is not None:
-        sight = sight.behind_prefix(
-            prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP, prefix.before_text
-        )
-    return choose(compute, sight, prompt_index_BG.shape[1], config.num_heads, has_dropout)
-
-
-def _shared_bias(config: T5Config, path: Path, stack: ArrayTree) -> Any:
-    """What the path wants of a bias that all layers share; None where each has its own."""
-    if config.per_layer_relative_bias:
-        return None
-    return path.prepare(stack["relpos_bias"]["rel_embedding"])
-
-
-def _layer_bias(path: Path, p: ArrayTree, shared: Any) -> Any:
-    return path.prepare(p["relpos_bias"]["rel_embedding"]) if shared is None else shared
 
 
 def _layer_keys(key: Array | None, count: int) -> tuple:

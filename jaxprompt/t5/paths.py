@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from jaxprompt.t5.attention import attend
 from jaxprompt.t5.chunks import CHUNK, Chunked
-from jaxprompt.t5.config import Compute
+from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.t5.rowwise import BLOCK, Rowwise
 from jaxprompt.t5.sight import Sight
 from jaxprompt.t5.windows import Windowed
-from jaxprompt.typing import Array
+from jaxprompt.typing import Array, ArrayTree, KeysValues
 
 LONG = {"cpu": 2048, "gpu": 1024, "tpu": 512}  # keys from which "auto" takes chunks, by platform
 PACKED = {"cpu": 768}  # keys from which it takes windows, where rows hold several segments
@@ -108,3 +108,31 @@ def choose(
     if platform == "tpu" and fits and not has_dropout and not sight.before_text:
         return Rowwise(sight, compute.mesh)
     return Chunked(sight)
+
+
+def path_of(
+    compute: Compute,
+    config: T5Config,
+    sight: Sight,
+    prefix: KeysValues | None,
+    prompt_index_BG: Array,
+    has_dropout: bool,
+) -> Path:
+    """How a stack's attention is computed, with the keys of its trained prefixes in sight."""
+    if prefix is not None:
+        sight = sight.behind_prefix(
+            prefix.keys.shape[2], prompt_index_BG, prefix.mask_QP, prefix.before_text
+        )
+    return choose(compute, sight, prompt_index_BG.shape[1], config.num_heads, has_dropout)
+
+
+def shared_bias_of(config: T5Config, path: Path, stack: ArrayTree) -> Any:
+    """What the path wants of a bias that all layers share; None where each has its own."""
+    if config.per_layer_relative_bias:
+        return None
+    return path.prepare(stack["relpos_bias"]["rel_embedding"])
+
+
+def layer_bias(path: Path, p: ArrayTree, shared: Any) -> Any:
+    """The same for a layer, whose own parameters are `p`."""
+    return path.prepare(p["relpos_bias"]["rel_embedding"]) if shared is None else shared
