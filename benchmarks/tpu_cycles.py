@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from benchmarks.common import SIZES, Shapes, Step, make_step, random_batch, size_config, table
 from jaxprompt import sharding
+from jaxprompt.compiled import compiler_options
 from jaxprompt.planning.flops import minimal_step_flops
 from jaxprompt.planning.program import Op, by_kind, dearest, ops, total_cycles
 from jaxprompt.quantize import KINDS
@@ -108,7 +109,8 @@ def compile_for(
     )
     state = jax.tree.map(placed, step.state)
     batch = jax.tree.map(lambda leaf: placed(leaf, "data"), step.batch)
-    return jax.jit(step.run, donate_argnums=0).lower(state, frozen, batch).compile()
+    lowered = jax.jit(step.run, donate_argnums=0).lower(state, frozen, batch)
+    return lowered.compile(compiler_options=compiler_options(mesh.devices.flat[0]))
 
 
 def chip_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--data", type=int, default=1, help="groups of chips with other rows")
     parser.add_argument("--model", type=int, default=1, help="chips that share the weights")
     parser.add_argument("--weights-over-data", action="store_true")
+    parser.add_argument("--rows-over-model", action="store_true")
     parser.add_argument("--layers", type=int, help="of each stack, to try things out")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--real", type=int, default=256, help="positions of an example, with slots")
@@ -166,6 +169,7 @@ def main() -> None:
     print(
         f"T5 1.1 {args.size}, {weights}, {args.topology}, data {args.data} x model {args.model}"
         + args.weights_over_data * ", weights over data"
+        + args.rows_over_model * ", rows over model"
     )
     lines, costs = [], []
     variants = [
@@ -176,7 +180,8 @@ def main() -> None:
         if rows.name in args.layout
     ]
     for rows, remat, attention in variants:
-        compute = Compute("bfloat16", 1, remat, attention, mesh)
+        over_model = args.rows_over_model
+        compute = Compute("bfloat16", 1, remat, attention, mesh, rows_over_model=over_model)
         batch = batch_of(config, rows, args.slots)
         step = make_step(config, compute, batch, quantize=args.quantize)
         start = time.perf_counter()

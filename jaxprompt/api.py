@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprompt import steps
+from jaxprompt import inference, steps
 from jaxprompt.answerer import Answer, Answerer, Partial
-from jaxprompt.artifact import BackboneIdentity, PromptArtifact, load_artifact
+from jaxprompt.artifact import BackboneIdentity, PromptArtifact
 from jaxprompt.backbone import Backbone
 from jaxprompt.data.layout import Layout
 from jaxprompt.data.packing import EncodedExample, batch_of_rows
@@ -29,13 +29,13 @@ _logits = jax.jit(steps.logits, static_argnums=0)
 
 
 def load_prompt(path: str, *, any_backbone: bool = False) -> PromptArtifact:
-    """Reads a prompt: an artifact's directory, or a .npy file with one array [P, D].
+    """Reads a prompt: an artifact's or a PEFT directory, or a .npy file with one array [P, D].
 
     Args:
       any_backbone: forget which backbone it was trained with, so that any of its width will do.
     Raises: UserError that says what is wrong with it.
     """
-    prompt = load_artifact(path)
+    prompt = inference.load_prompt(path)
     if not any_backbone:
         return prompt
     width = BackboneIdentity(d_model=prompt.backbone.d_model)

@@ -1,7 +1,4 @@
-"""Arguments of commands, beside those in `cli`: what several share, and what brings things in.
-
-Imports nothing heavy, as `cli`.
-"""
+"""Arguments of the commands: what several share, and those of runs; imports nothing heavy."""
 
 import argparse
 
@@ -97,64 +94,6 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `jaxprompt convert`."""
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a T5X checkpoint (directory or gs:// path), a backbone's directory, or a hub name",
-    )
-    parser.add_argument("output", metavar="OUT", help="a directory that is new or empty")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="a Hugging Face config.json to take instead of what the source says or its shapes do",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PLACE",
-        help="a directory with a tokenizer, or a SentencePiece .model file (the source's own)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the stored numbers (bfloat16 where the source's are, else float32)",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=("none", "int8", "int4"),
-        help="store matrices as integers and scales, which jaxprompt alone reads (as the source)",
-    )
-    json_argument(parser)
-
-
-def import_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `jaxprompt import`."""
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a numpy file, a run of google-research/prompt-tuning, or its T5X checkpoint",
-    )
-    parser.add_argument("output", metavar="OUT", help="the prompt artifact to write, a directory")
-    parser.add_argument(
-        "--backbone",
-        metavar="B",
-        required=True,
-        help="the backbone it was trained with: directory or hub name",
-    )
-    parser.add_argument(
-        "--task",
-        metavar="T",
-        help="the task to store with it: a name that `jaxprompt tasks` lists, or a YAML file",
-    )
-    parser.add_argument(
-        "--layout",
-        default="{prompt}{input}",
-        help="where its slots stand ({prompt}{input}, where google-research puts them)",
-    )
-    json_argument(parser)
-
-
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt plan`."""
     run_arguments(parser)
@@ -183,6 +122,19 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output", metavar="FILE", help="with --search: write the best as a complete config"
+    )
+    json_argument(parser)
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt compare`."""
+    run_arguments(parser)
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="take this method of the config alone; may be given several times",
     )
     json_argument(parser)
 

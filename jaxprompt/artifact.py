@@ -22,6 +22,7 @@ from jaxprompt.typing import UserError
 FORMAT_VERSION = 1
 CONFIG_NAME = "prompt_config.json"
 WEIGHTS_NAME = "prompt.safetensors"
+_KEPT = "origin/"  # in front of the names of kept tensors in the weights file
 _NPY_MAGIC = b"\x93NUMPY"
 _FLOATS = ("float32", "float16", "float64")  # what safetensors reads back without torch
 
@@ -55,6 +56,9 @@ class PromptArtifact:
       values: the method's parameters by name, on the host; float.
       lengths: `max_input_length` and `max_target_length` of its training, in tokens.
       training: provenance: recipe, steps, seed, metrics, version. Not needed to predict.
+      origin: of a prompt from another program's files: what those said beside the values, so that
+        export gives them back. Nothing else reads it.
+      kept: and the tensors that those held beside the values, by name.
       path: where it was read from; not stored.
     """
 
@@ -65,6 +69,8 @@ class PromptArtifact:
     values: Mapping[str, np.ndarray]
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     path: str = dataclasses.field(default="", compare=False)
 
 
@@ -87,7 +93,8 @@ def save_artifact(directory: files.PathLike, artifact: PromptArtifact) -> Path:
                 f"will not write a prompt over {target}: it also holds {', '.join(others[:3])}; "
                 "name an empty or a new directory"
             )
-    values = {name: np.array(value, order="C") for name, value in sorted(artifact.values.items())}
+    stored = {**artifact.values, **{_KEPT + name: kept for name, kept in artifact.kept.items()}}
+    values = {name: np.array(value, order="C") for name, value in sorted(stored.items())}
     for name, value in values.items():
         _check_value(f"value {name!r} of the prompt", value)
     weights = safetensors_bytes(values)
@@ -105,6 +112,8 @@ def save_artifact(directory: files.PathLike, artifact: PromptArtifact) -> Path:
         },
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    if artifact.origin:
+        config["origin"] = dict(artifact.origin)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with files.replacing_directory(target) as temporary, files.writing(target):
         (temporary / WEIGHTS_NAME).write_bytes(weights)
@@ -182,7 +191,7 @@ def check_backbone(
     """
     trained = artifact.backbone
     prompt = f"prompt {artifact.path}" if artifact.path else "the prompt"
-    if trained.d_model != d_model:
+    if trained.d_model and trained.d_model != d_model:
         raise UserError(f"{prompt} has d_model {trained.d_model}, backbone {name} has {d_model}")
     if trained.fingerprint and trained.fingerprint != fingerprint and not allow_other:
         raise UserError(
@@ -212,6 +221,8 @@ def _load_directory(directory: Path, shown: str) -> PromptArtifact:
             raise UserError(
                 f"{config_path}: {key} should be a {kind.__name__} and is {config.get(key)!r}"
             )
+    if not isinstance(config.get("origin", {}), dict):
+        raise UserError(f"{config_path}: origin should be a dict and is {config['origin']!r}")
     weights = _read(weights_path, shown)
     if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
         raise UserError(
@@ -233,9 +244,15 @@ def _load_directory(directory: Path, shown: str) -> PromptArtifact:
         layout=config["layout"],
         task=config["task"],
         backbone=_backbone(config["backbone"], config_path),
-        values=values,
+        values={name: value for name, value in values.items() if not name.startswith(_KEPT)},
         lengths=config["lengths"],
         training=config["training"],
+        origin=config.get("origin", {}),
+        kept={
+            name.removeprefix(_KEPT): value
+            for name, value in values.items()
+            if name.startswith(_KEPT)
+        },
         path=shown,
     )
 

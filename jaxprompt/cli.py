@@ -17,19 +17,22 @@ from typing import Any, NamedTuple, NoReturn
 import jaxprompt
 from jaxprompt import allocator, joining
 from jaxprompt.arguments import (
-    convert_arguments,
-    import_arguments,
+    compare_arguments,
     json_argument,
     methods_arguments,
     plan_arguments,
-    positive,
-    precision_arguments,
-    task_argument,
     train_arguments,
 )
+from jaxprompt.prompt_arguments import (
+    convert_arguments,
+    evaluate_arguments,
+    export_arguments,
+    import_arguments,
+    inspect_arguments,
+    predict_arguments,
+    transfer_arguments,
+)
 
-_PROMPT_HELP = "a prompt artifact (the directory that training wrote) or a .npy file"
-_BARE_HELP = "`none` is the bare backbone that --backbone names"
 _INTERRUPTED = 130  # what a shell reports for SIGINT, and below for SIGPIPE
 _BROKEN_PIPE = 141
 
@@ -132,148 +135,6 @@ def _add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
     )
 
 
-def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help=_PROMPT_HELP)
-    _backbone_arguments(parser)
-
-
-def _backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backbone", metavar="B", help="directory or hub name to use for the prompt's own backbone"
-    )
-    precision_arguments(parser)
-    parser.add_argument(
-        "--allow-other-backbone",
-        action="store_true",
-        help="use the prompt with another backbone than it was trained with, where shapes allow",
-    )
-    json_argument(parser)
-
-
-def _answer_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="rows at a time (64)"
-    )
-    parser.add_argument(
-        "--generate",
-        action="store_true",
-        help="generate the answer even if the task has candidates to choose from",
-    )
-    parser.add_argument(
-        "--max-input-length",
-        type=positive,
-        metavar="N",
-        help="tokens of an input, slots included (what the prompt was trained with, else 512)",
-    )
-    parser.add_argument(
-        "--max-target-length",
-        type=positive,
-        metavar="N",
-        help="tokens of a generated answer (what the prompt was trained with, else 128)",
-    )
-    _search_arguments(parser)
-
-
-def _search_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where answers are generated")
-    early = (
-        "beams: end with N answers (true), when no better one is in sight (false, the default), "
-        "when none is possible (never)"
-    )
-    options = (
-        ("--num-beams", int, 1, "N", "width of a beam search (1 = none)"),
-        ("--length-penalty", float, 1.0, "X", "beams: log-probability / length ** X (1.0)"),
-        ("--early-stopping", _early_stopping, False, "true|false|never", early),
-        ("--temperature", float, 0.0, "X", "above 0 draws tokens at random (0 = the likeliest)"),
-        ("--top-k", int, 0, "K", "draw from the K likeliest tokens (0 = from all)"),
-        ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P (1.0 = all)"),
-        ("--repetition-penalty", float, 1.0, "X", "make tokens that came less likely again (1.0)"),
-        ("--no-repeat-ngram-size", int, 0, "N", "let no N tokens in a row come twice (0 = may)"),
-        ("--num-return-sequences", int, 1, "N", "answers for each input, in `predict` (1)"),
-        ("--seed", int, 0, "N", "of drawing at random (0)"),
-    )
-    for name, kind, default, letter, text in options:
-        group.add_argument(name, type=kind, default=default, metavar=letter, help=text)
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end an answer where this text comes; may be given several times",
-    )
-
-
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompts",
-        metavar="PROMPT",
-        nargs="+",
-        help=f"{_PROMPT_HELP}; several are an ensemble; {_BARE_HELP}; NAME=PATH gives it a name",
-    )
-    _prompt_field_argument(parser)
-    task_argument(parser)
-    parser.add_argument(
-        "--data", metavar="FILE", help="JSONL, CSV or TSV file to take instead of the task's own"
-    )
-    parser.add_argument("--data-dir", metavar="DIR", help="where the task's own files are")
-    parser.add_argument(
-        "--split",
-        choices=("train", "validation", "test"),
-        default="validation",
-        help="of the task's data (validation)",
-    )
-    _backbone_arguments(parser)
-    _answer_arguments(parser)
-
-
-def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompts",
-        metavar="PROMPT",
-        nargs="+",
-        help=f"{_PROMPT_HELP}; NAME=PATH gives it a name; several need --prompt-field",
-    )
-    _prompt_field_argument(parser)
-    _backbone_arguments(parser)
-    task_argument(parser)
-    parser.add_argument(
-        "--input",
-        required=True,
-        metavar="FILE",
-        help="JSONL, CSV, TSV or plain lines; - = standard input",
-    )
-    parser.add_argument(
-        "--output",
-        default="-",
-        metavar="FILE",
-        help="what to write; - = standard output (the default)",
-    )
-    _answer_arguments(parser)
-
-
-def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    _prompt_arguments(parser)
-    parser.add_argument(
-        "--top", type=positive, default=5, metavar="N", help="nearest tokens shown per slot (5)"
-    )
-
-
-def _prompt_field_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt-field",
-        default="",
-        metavar="F",
-        help="the field of a row that names the one of the prompts which answers it",
-    )
-
-
-def _early_stopping(text: str) -> bool | str:
-    known: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-    return known[text]
-
-
 class _Command(NamedTuple):
     """A command: the file that does it, its arguments, a line on it, an example."""
 
@@ -298,21 +159,27 @@ _COMMANDS = {
     ),
     "evaluate": _Command(
         "evaluate",
-        _evaluate_arguments,
+        evaluate_arguments,
         "measure one prompt, or several as an ensemble, on a task",
         "jaxprompt evaluate runs/quickstart/prompt",
     ),
     "predict": _Command(
         "predict",
-        _predict_arguments,
+        predict_arguments,
         "answer the rows of a file of any length",
         "jaxprompt predict runs/quickstart/prompt --input questions.jsonl --output answers.jsonl",
     ),
     "inspect": _Command(
         "inspection",
-        _inspect_arguments,
+        inspect_arguments,
         "show a prompt: method, size, backbone, nearest vocabulary tokens of each slot",
         "jaxprompt inspect runs/quickstart/prompt",
+    ),
+    "compare": _Command(
+        "compare",
+        compare_arguments,
+        "train several prompt methods with several seeds each, and put them in one table",
+        "jaxprompt compare compare --only soft --only residual",
     ),
     "convert": _Command(
         "convert",
@@ -325,6 +192,19 @@ _COMMANDS = {
         import_arguments,
         "make a prompt artifact of another program's prompt",
         "jaxprompt import sst2.npy prompts/sst2 --backbone google/t5-base-lm-adapt",
+    ),
+    "export": _Command(
+        "exporting",
+        export_arguments,
+        "write a prompt artifact as another program's prompt",
+        "jaxprompt export runs/quickstart/prompt peft/quickstart --format peft",
+    ),
+    "transfer": _Command(
+        "transfer",
+        transfer_arguments,
+        "find the trained prompts a new one should begin from, or recycle one for another backbone",
+        "jaxprompt transfer --library runs --to runs/mine/prompt --top 3 --combine average "
+        "--output start",
     ),
     "plan": _Command(
         "plan",

@@ -15,12 +15,14 @@ from jaxprompt.data.encoder import DataConfig
 from jaxprompt.data.presets import complete_mixture, with_presets
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig
+from jaxprompt.distil import DistilConfig
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
 from jaxprompt.optim import OptimConfig, resolve
 from jaxprompt.prompts import METHODS
 from jaxprompt.prompts.base import MethodConfig
 from jaxprompt.recipes import RECIPES
+from jaxprompt.regularize import RegularizeConfig
 from jaxprompt.schema import dump
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.config import Compute, T5Config
@@ -59,8 +61,10 @@ class BackboneConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int = 0
-    remat: Literal["none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots"] = "none"
-    attention: Literal["auto", "plain", "chunked", "windowed"] = "auto"
+    remat: Literal["auto", "none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots"] = (
+        "auto"
+    )
+    attention: Literal["auto", "plain", "chunked", "windowed", "rowwise"] = "auto"
     quantize: Literal["none", "int8", "int4"] | None = None
     dropout: float | None = None
 
@@ -92,11 +96,14 @@ class MeshConfig:
       model: devices that share one copy of the backbone.
       weights_over_data: divide the backbone's weights over `data` as well: less memory, more
         communication.
+      rows_over_model: divide what stands between matmuls over `model` as well, by rows, where they
+        divide: less memory and work, as much communication.
     """
 
     data: int = -1
     model: int = 1
     weights_over_data: bool = False
+    rows_over_model: bool = False
 
     def __post_init__(self):
         for name in ("data", "model"):
@@ -140,6 +147,8 @@ class RunConfig:
       seed: of everything random.
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
+      distil: a trained prompt as a teacher.
+      regularize: what holds the prompt back in training.
     """
 
     output_dir: str
@@ -151,13 +160,25 @@ class RunConfig:
     layout: str = "{prompt}{input}"
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    regularize: RegularizeConfig = RegularizeConfig()
     train: TrainConfig = TrainConfig()
+    distil: DistilConfig = DistilConfig()
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self):
         if self.tune == "model":
             self.backbone.check_trainable("tune: model")
+            if self.distil.prompt:
+                raise UserError("distil.prompt teaches prompts; leave it out with tune: model")
+            if self.regularize.is_on:
+                raise UserError("regularize is for prompts, and tune: model trains none")
+
+    def compute(self) -> Compute:
+        """How the backbone is computed, on a mesh that is still to be made."""
+        return dataclasses.replace(
+            self.backbone.compute(), rows_over_model=self.mesh.rows_over_model
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +233,7 @@ def load_config(
       is suggested), a missing key or a wrong type; with file and line, or the override.
     """
     mapping, where = read_config(path_or_name, overrides)
+    refuse_comparison(mapping, where)
     if kind is RunConfig and "sweep" in mapping:
         raise UserError(
             f"{where.at(('sweep',))}: this config has a sweep, so it is several runs; "
@@ -223,10 +245,18 @@ def load_config(
 def read_config(
     path_or_name: str | Path, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], schema.Where]:
-    """The file's mapping, with the overrides of its sweep."""
+    """The file's mapping, with the overrides of what makes it several runs."""
     mapping, where = schema.read_yaml(_find(path_or_name))
-    own = [override for override in overrides if override.startswith(("sweep.", "sweep="))]
+    own = [override for override in overrides if _of_several(override)]
     return schema.apply_overrides(mapping, where, own)
+
+
+def refuse_comparison(mapping: Mapping[str, Any], where: schema.Where) -> None:
+    """Raises: UserError for a config that has a `compare:`."""
+    if "compare" in mapping:
+        raise UserError(
+            f"{where.at(('compare',))}: this config compares methods; `jaxprompt compare` runs it"
+        )
 
 
 def resolved(
@@ -237,7 +267,7 @@ def resolved(
     settings: Sequence[tuple[str, Any, str]] = (),
 ) -> C:
     """A run's options, of a mapping with overrides and then a sweep's settings on top."""
-    overrides = [one for one in overrides if not one.startswith(("sweep.", "sweep="))]
+    overrides = [one for one in overrides if not _of_several(one)]
     # A task named on the command line comes first: `task=NAME task.sub=value` works in any order.
     whole = [one for one in overrides if one.partition("=")[0] in _WHOLE_TASKS]
     parts = [override for override in overrides if override not in whole]
@@ -262,7 +292,19 @@ def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
         dropout_rate=recipe.dropout if dropout is None else dropout,
         draws=isinstance(config, RunConfig) and METHODS[config.method.name].draws(config.method),
         accumulate=config.train.accumulate,
+        distil=config.distil.weight
+        if isinstance(config, RunConfig) and config.distil.prompt
+        else 0.0,
+        **_regularizers(config),
     )
+
+
+def _regularizers(config: RunConfig | PretrainConfig) -> dict[str, Any]:
+    """Without the text, whose embeddings are an argument: one program for all texts."""
+    if not isinstance(config, RunConfig):
+        return {}
+    quiet = dataclasses.replace(config.regularize, wayward=0.0, wayward_text="")
+    return {"regularize": quiet, "wayward": config.regularize.wayward}
 
 
 def config_names(folder: str = "") -> list[str]:
@@ -271,6 +313,11 @@ def config_names(folder: str = "") -> list[str]:
     return sorted(
         path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
     )
+
+
+def _of_several(override: str) -> bool:
+    """Whether it changes a `sweep:` or `compare:`."""
+    return override.partition("=")[0].partition(".")[0] in ("sweep", "compare")
 
 
 def _find(path_or_name: str | Path) -> Path:
@@ -319,7 +366,8 @@ def _with_recipe(mapping: Mapping[str, Any]) -> dict[str, Any]:
         return dict(mapping)
     is_soft = method.get("name", MethodConfig.name) == MethodConfig.name
     kinds = [task, *(entry["task"] for entry in (task.get("mixture") or {}).values())]
-    has_labels = any(kind.get("candidates") or kind.get("labels") for kind in kinds)
+    words = ("candidates", "labels", "init_words")
+    has_labels = any(kind.get(key) for kind in kinds for key in words)
     fixed = {
         "data": {"batch_size": recipe.batch_size},
         "backbone": {"dropout": recipe.dropout},

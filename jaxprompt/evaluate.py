@@ -54,6 +54,7 @@ class EvalResult:
       groups: which examples are scored together, empty if the task has no groups.
       cuts: what was cut off to fit.
       scores: of each example, the log-likelihood of every candidate; empty for generated texts.
+      references: every right answer of each example, empty if the task names no field of them.
     """
 
     task: Task
@@ -62,6 +63,7 @@ class EvalResult:
     groups: list[str]
     cuts: Cuts
     scores: list[Mapping[str, float]] = dataclasses.field(default_factory=list)
+    references: list[Sequence[str]] = dataclasses.field(default_factory=list)
 
     def add(self, example: Example, answer: Answer) -> None:
         """Takes in one more answer; before any metric is asked for."""
@@ -71,6 +73,8 @@ class EvalResult:
         self.predictions.append(_prediction(answer, legal))
         if self.task.config.group:
             self.groups.append(example.group)
+        if self.task.config.references:
+            self.references.append([_single_spaced(text) for text in example.references])
         if answer.scores:
             self.scores.append(answer.scores)
 
@@ -114,7 +118,8 @@ class EvalResult:
 
     @property
     def _extra(self) -> Extra:
-        return Extra(self.task.candidates, self.task.config.positive_label, self.groups)
+        config = self.task.config
+        return Extra(self.task.candidates, config.positive_label, self.groups, self.references)
 
     def _scored(self, predictions: Sequence[str]) -> dict[str, float]:
         return {

@@ -310,3 +310,8 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def size_on_disk(directory: Path) -> int:
+    """Bytes of the files in a directory; 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.glob("*")) if directory.is_dir() else 0

@@ -7,12 +7,13 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxprompt import schema
-from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact
+from jaxprompt.artifact import CONFIG_NAME, PromptArtifact, check_backbone, load_artifact
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.data.encoder import Cuts, DataConfig, TaskEncoder
 from jaxprompt.data.layout import Layout
@@ -21,6 +22,7 @@ from jaxprompt.data.readers import Fields
 from jaxprompt.data.tasks import Task, TaskConfig, load_task
 from jaxprompt.data.templates import lookup
 from jaxprompt.generation import Generation
+from jaxprompt.interop.peft import read_peft
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts import METHODS, MethodConfig, NoPrompt, PromptMethod, slots_of
 from jaxprompt.prompts.bank import PromptBank
@@ -63,12 +65,14 @@ def _method(backbone: Backbone, prompt: PromptArtifact | None, allow_other: bool
         prompt, backbone.name, backbone.fingerprint, backbone.config.d_model, allow_other
     )
     config = method_config(prompt)
-    if METHODS[config.name].task_parts:
+    info = METHODS[config.name]
+    if info.task_parts:
         raise UserError(
             f"prompt {prompt.path} holds the parts of several tasks: use one task's own prompt, in "
             "the run's directory tasks/NAME/best, or begin a run with method.init=prompt from it"
         )
-    return METHODS[config.name].make(jax.device_put(dict(prompt.values)), config)
+    info.check(prompt.values, config, backbone.config)
+    return info.make(jax.device_put(dict(prompt.values)), config)
 
 
 def read_prompts(words: Sequence[str]) -> list[tuple[str, PromptArtifact | None]]:
@@ -116,11 +120,20 @@ def ask_named(
 
 
 def read_prompt(path: str) -> PromptArtifact | None:
-    """The artifact at `path`; None for "none", the bare backbone.
+    """The prompt at `path`, an artifact or PEFT's; None for "none", the bare backbone.
 
-    Raises: UserError as `load_artifact`.
+    Raises: UserError as `load_artifact` and `read_peft`.
     """
-    return None if path == BARE else load_artifact(path)
+    return None if path == BARE else load_prompt(path)
+
+
+def load_prompt(path: str) -> PromptArtifact:
+    """The prompt at `path`: an artifact, an array in numpy's format, or PEFT's files.
+
+    Raises: UserError as `load_artifact` and `read_peft`.
+    """
+    is_artifact = (Path(path) / CONFIG_NAME).exists()
+    return (None if is_artifact else read_peft(path)) or load_artifact(path)
 
 
 def backbone_of(

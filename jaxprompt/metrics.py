@@ -9,18 +9,14 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import re
-import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxprompt.text_match import refers, rouge_l, rouge_n, squad_match, token_f1
 from jaxprompt.typing import UserError
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ROUGE_TOKEN = re.compile(r"[a-z0-9]+")
 _CELLS_AT_ONCE = 2**21  # resampled weights held in memory at a time: 16 MiB of float64
 
 
@@ -160,11 +156,6 @@ def majority_baseline(targets: Sequence[str]) -> tuple[str, float]:
         raise UserError("a majority baseline needs at least one target, got none")
     label, count = next(iter(label_distribution(targets).items()))
     return label, 100 * count / len(targets)
-
-
-def normalize_squad(text: str) -> str:
-    """Lower case, no punctuation, articles or extra spaces (SQuAD 1.1's evaluation script)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -325,43 +316,6 @@ def _best(similarity: Callable[[str, str], float]) -> _Rows:
     return rows
 
 
-def _overlap_f1(wanted: Iterable[Any], said: Iterable[Any]) -> float:
-    """F1 of two bags of tokens; 0 where nothing is common, even when both are empty."""
-    wanted_bag, said_bag = collections.Counter(wanted), collections.Counter(said)
-    common = (wanted_bag & said_bag).total()
-    return 2 * common / (wanted_bag.total() + said_bag.total()) if common else 0.0
-
-
-def _squad_match(reference: str, prediction: str) -> bool:
-    return normalize_squad(reference) == normalize_squad(prediction)
-
-
-def _token_f1(reference: str, prediction: str) -> float:
-    """Source: Rajpurkar et al. 2016, the official SQuAD 1.1 evaluation script."""
-    return _overlap_f1(normalize_squad(reference).split(), normalize_squad(prediction).split())
-
-
-def _rouge_n(reference: str, prediction: str, n: int) -> float:
-    """F-measure of n-grams. Source: Lin 2004; tokens as google-research/rouge, unstemmed."""
-    texts = [_ROUGE_TOKEN.findall(text.lower()) for text in (reference, prediction)]
-    wanted, said = (zip(*(t[i:] for i in range(n)), strict=False) for t in texts)
-    return _overlap_f1(wanted, said)
-
-
-def _rouge_l(reference: str, prediction: str) -> float:
-    """F-measure of the longest common subsequence, its length bit-parallel (Hyyro 2004)."""
-    wanted, said = (_ROUGE_TOKEN.findall(text.lower()) for text in (reference, prediction))
-    places: dict[str, int] = collections.defaultdict(int)
-    for place, token in enumerate(wanted):
-        places[token] |= 1 << place
-    row = full = (1 << len(wanted)) - 1
-    for token in said:
-        matches = row & places[token]
-        row = ((row + matches) | (row - matches)) & full
-    common = len(wanted) - row.bit_count()
-    return 2 * common / (len(wanted) + len(said)) if common else 0.0
-
-
 def _sacrebleu() -> Any:
     try:
         return importlib.import_module("sacrebleu")
@@ -383,8 +337,9 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", _accuracy_rows, _mean),
         Metric("exact_match", _best(str.__eq__), _mean),
-        Metric("squad_exact_match", _best(_squad_match), _mean),
-        Metric("token_f1", _best(_token_f1), _mean),
+        Metric("squad_exact_match", _best(squad_match), _mean),
+        Metric("token_f1", _best(token_f1), _mean),
+        Metric("referent", _best(refers), _mean),
         Metric("f1", _positive_rows, _mean_f1),
         Metric("f1a", _f1a_rows, _mean_f1),
         Metric("group_exact_match", _group_match_rows, _mean),
@@ -392,9 +347,9 @@ METRICS: dict[str, Metric] = {
         Metric("mcc", _class_rows, _matthews),
         Metric("pearson", _number_rows, _pearson),
         Metric("spearman", _number_rows, _spearman),
-        Metric("rouge1", _best(functools.partial(_rouge_n, n=1)), _mean),
-        Metric("rouge2", _best(functools.partial(_rouge_n, n=2)), _mean),
-        Metric("rougeL", _best(_rouge_l), _mean),
+        Metric("rouge1", _best(functools.partial(rouge_n, n=1)), _mean),
+        Metric("rouge2", _best(functools.partial(rouge_n, n=2)), _mean),
+        Metric("rougeL", _best(rouge_l), _mean),
         Metric("bleu", _bleu_rows, _corpus_bleu),
     )
 }

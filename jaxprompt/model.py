@@ -1,9 +1,14 @@
 """PromptedT5 = frozen T5 + prompt method: batches in, logits out; made and split once."""
 
+from collections.abc import Mapping
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
+from jaxprompt.prompts.bank import PromptBank, bank_key
+from jaxprompt.prompts.base import Constant, MethodInputs, NoPrompt, PromptMethod
+from jaxprompt.regularize import wayward_distance
 from jaxprompt.sharding import constrain
 from jaxprompt.t5 import model as t5
 from jaxprompt.t5 import stepwise
@@ -23,26 +28,52 @@ class PromptedT5(nnx.Module):
     Args:
       backbone: the T5.
       method: whose parameters are trained; None = the bare backbone.
+      teacher: a prompt that is not trained, for `teacher_logits`; in the slots of the method's.
+      texts: embeddings [P, D] that training pulls a prompt's slots towards, by its number.
     """
 
-    def __init__(self, backbone: T5, method: PromptMethod | None = None):
+    def __init__(
+        self,
+        backbone: T5,
+        method: PromptMethod | None = None,
+        teacher: PromptMethod | None = None,
+        texts: Mapping[int, Array] | None = None,
+    ):
         self.backbone = backbone
         self.method = NoPrompt() if method is None else method
+        if teacher is not None:
+            self.teacher = teacher
+        if texts:
+            self.texts = nnx.Dict({bank_key(n): Constant(text) for n, text in texts.items()})
 
     def __call__(
-        self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
+        self,
+        batch: Batch,
+        *,
+        dropout_rate: float = 0.0,
+        dropout_key: Array | None = None,
+        prompt_dropout: float = 0.0,
+        noise_BSD: Array | None = None,
     ) -> Array:
         """Logits of every decoder position, float32 [B, T, V].
 
         Args:
           dropout_key: of dropout and of what the method draws, one or of each row [B]; None draws
             nothing.
+          prompt_dropout, noise_BSD: as `t5.model.encode_batch` takes them.
         """
-        values, encoded_BSD = self.encode(batch, dropout_rate=dropout_rate, dropout_key=dropout_key)
+        values, encoded_BSD = self.encode(
+            batch, dropout_rate=dropout_rate, dropout_key=dropout_key,
+            prompt_dropout=prompt_dropout, noise_BSD=noise_BSD,
+        )  # fmt: skip
         hidden_BTD = self.decode(
             batch, values, encoded_BSD, dropout_rate=dropout_rate, dropout_key=dropout_key
         )
         return self.logits(hidden_BTD)
+
+    def teacher_logits(self, batch: Batch) -> Array:
+        """As a call without dropout, with the teacher in place of the method."""
+        return PromptedT5(self.backbone, self.teacher)(batch)
 
     def prompt_values(self, batch: Batch, key: Array | None = None) -> PromptValues:
         """What the method hands the backbone for this batch.
@@ -50,22 +81,43 @@ class PromptedT5(nnx.Module):
         Args:
           key: of what it draws, one or of each row [B]; None = it draws nothing.
         """
+        return self.method(self._inputs(batch, key))
+
+    def wayward(self, batch: Batch, count: int) -> Array:
+        """How far each of `count` prompts is from its text, see `regularize`; float32 [count].
+
+        0 for a prompt without one.
+        """
+        inputs, method = self._inputs(batch, None), self.method
+        distances = [jnp.zeros(())] * count
+        for key, text in self.texts.items():
+            prompt = method.prompts[key] if isinstance(method, PromptBank) else method
+            slots = prompt(inputs).encoder
+            assert slots is not None, "a text is for a prompt in slots"
+            distances[int(key)] = wayward_distance(slots[0], text[...])
+        return jnp.stack(distances)
+
+    def _inputs(self, batch: Batch, key: Array | None) -> MethodInputs:
         embeds_BSD = t5.embed_tokens(
             self.backbone.tree(), batch.encoder_ids_BS, self.backbone.compute
         )
-        return self.method(
-            MethodInputs(
-                embeds_BSD,
-                batch.encoder_slots_BS,
-                batch.encoder_segments_BS,
-                batch.prompt_index_BG,
-                None if key is None else _row_keys(key, len(embeds_BSD)),
-                batch.task_index_BG,
-            )
+        return MethodInputs(
+            embeds_BSD,
+            batch.encoder_slots_BS,
+            batch.encoder_segments_BS,
+            batch.prompt_index_BG,
+            None if key is None else _row_keys(key, len(embeds_BSD)),
+            batch.task_index_BG,
         )
 
     def encode(
-        self, batch: Batch, *, dropout_rate: float = 0.0, dropout_key: Array | None = None
+        self,
+        batch: Batch,
+        *,
+        dropout_rate: float = 0.0,
+        dropout_key: Array | None = None,
+        prompt_dropout: float = 0.0,
+        noise_BSD: Array | None = None,
     ) -> tuple[PromptValues, Array]:
         """Prompt values and encoder output [B, S, D]; reads only the batch's encoder fields."""
         values = self.prompt_values(batch, dropout_key)
@@ -73,6 +125,7 @@ class PromptedT5(nnx.Module):
         encoded_BSD = t5.encode_batch(
             backbone.tree(), backbone.config, backbone.compute, batch, values,
             dropout_rate=dropout_rate, dropout_key=dropout_key,
+            prompt_dropout=prompt_dropout, noise_BSD=noise_BSD,
         )  # fmt: skip
         return values, encoded_BSD
 

@@ -79,9 +79,10 @@ def told(config: RunConfig, found: Estimate) -> dict[str, Any]:
         **dataclasses.asdict(found),
         "backbone": config.backbone.name,
         "dtype": config.backbone.dtype,
-        "remat": config.backbone.remat,
         "accumulate": config.train.accumulate,
         "weights_over_data": config.mesh.weights_over_data,
+        "rows_over_model": config.mesh.rows_over_model,
+        "share_of_peak": found.share_of_peak,
         "bound": found.bound,
         "examples_per_second": found.examples_per_second,
         "verdict": verdict(found),
@@ -110,7 +111,7 @@ def _details(config: RunConfig, found: Estimate) -> str:
     shape, rest = found.shape, found.total - found.weights - found.state - found.activations
     head = (
         f"{config.backbone.name}, {config.backbone.dtype}, on {found.topology}: mesh data "
-        f"{found.data} x model {found.model}, remat {config.backbone.remat}\n"
+        f"{found.data} x model {found.model}, remat {found.remat}\n"
         f"batch: {shape.rows} rows of {shape.encoder} + {shape.decoder} positions, about "
         f"{shape.examples} examples; {shape.note}"
     )
@@ -129,6 +130,8 @@ def _details(config: RunConfig, found: Estimate) -> str:
     ]
     if found.cycles:
         rows.append(["compiler's estimate", f"{found.cycles / 1e6:.1f}", "M cycles"])
+    if found.share_of_peak:
+        rows.append(["  of the peak", f"{100 * found.share_of_peak:.1f}", "%"])
     lines = [head, "", table(rows, header=["of one chip, a step", "", ""])]
     if found.dearest:
         shares: list[list[object]] = [

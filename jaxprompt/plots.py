@@ -1,7 +1,7 @@
-"""Pictures: a run's loss and, below it, its scores, from metrics.jsonl; the scores of a sweep.
+"""Pictures: a run's loss and scores, from metrics.jsonl; the scores of a sweep; a prompt library.
 
-Called by training, pretrain and sweep at the end. matplotlib comes with the extra `plots`; it is
-used through figure objects, without pyplot and its global state.
+Called by training, pretrain and sweep at the end, and by transfer. matplotlib comes with the
+extra `plots`; it is used through figure objects, without pyplot and its global state.
 """
 
 import importlib
@@ -78,12 +78,19 @@ class SweepRow(NamedTuple):
     majority: float
 
 
-def write_sweep_plot(png: Path | str, rows: Sequence[SweepRow], *, title: str = "") -> str:
+def write_sweep_plot(
+    png: Path | str,
+    rows: Sequence[SweepRow],
+    *,
+    title: str = "",
+    what: str = "best validation score, %",
+) -> str:
     """Draws the scores of every setting, one below the other: a dot a run, a bar at their mean.
 
     Args:
       png: replaced as a whole; its directory is made where missing.
       rows: scores in percent, from the top.
+      what: the scores.
     Returns: as `write_run_plot`.
     """
     drawing = _drawing()
@@ -108,11 +115,57 @@ def write_sweep_plot(png: Path | str, rows: Sequence[SweepRow], *, title: str = 
                       label="mean" if first else None, **{**marks, "zorder": 3})  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("best validation score, %")
+    axes.set_xlabel(what)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title, fontweight="bold")
+    return _saved(drawing, figure, png)
+
+
+def write_similarity_plot(
+    png: Path | str,
+    names: Sequence[str],
+    similarity_QQ: np.ndarray,
+    joints: Sequence[tuple[Sequence[int], Sequence[int], float]],
+    *,
+    title: str = "",
+) -> str:
+    """Draws how like prompts are: a map of all pairs, above it the tree that they are ordered by.
+
+    Args:
+      png: replaced as a whole; its directory is made where missing.
+      joints: members of two groups that join, and how high; the last one joins all.
+    Returns: as `write_run_plot`.
+    """
+    drawing = _drawing()
+    if drawing is None:
+        return _NO_MATPLOTLIB
+    order = [*joints[-1][0], *joints[-1][1]] if joints else list(range(len(names)))
+    tops: dict[tuple[int, ...], tuple[float, float]] = {}
+    tops |= {(number,): (float(x), 0.0) for x, number in enumerate(order)}
+    side = 4 + 0.4 * len(names)
+    figure = drawing.figures.Figure(figsize=(side, side), dpi=150, layout="constrained")
+    tree, axes = figure.subplots(2, height_ratios=[1, 4])
+    for left, right, height in joints:
+        (x, low), (other_x, other_low) = tops[tuple(left)], tops[tuple(right)]
+        tree.plot([x, x, other_x, other_x], [low, height, height, other_low], color=_BLUE)
+        tops[(*left, *right)] = (x + other_x) / 2, height
+    tree.set_xlim(-0.5, len(names) - 0.5)
+    tree.set_xticks([])
+    tree.set_ylabel("1 - cosine")
+    tree.spines[["top", "right", "bottom"]].set_visible(False)
+    shown_QQ = similarity_QQ[np.ix_(order, order)]
+    picture = axes.imshow(shown_QQ, cmap="viridis", aspect="auto")
+    middle = (shown_QQ.min() + shown_QQ.max()) / 2
+    for (row, column), value in np.ndenumerate(shown_QQ):
+        colour = "white" if value < middle else "black"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    labels = [names[number] for number in order]
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right")
+    figure.colorbar(picture, ax=axes, label="cosine")
     figure.suptitle(title, fontweight="bold")
     return _saved(drawing, figure, png)
 

@@ -137,6 +137,15 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=5e-6,
         init="vocab",
     ),
+    "attempt": Recipe(
+        summary="ATTEMPT over trained prompts of other tasks",
+        source="AkariAsai/ATTEMPT, its config of a single task; it counts 20 epochs",
+        optimizer="adamw",
+        learning_rate=0.3,
+        schedule="linear",
+        warmup_steps=500,
+        init="vocab",
+    ),
     "mpt": Recipe(
         summary="MPT on a target task: the shared part slower than the task's",
         source="Wang et al. 2023, appendix: 0.3 and 0.4, with several source tasks 0.3 for all; "

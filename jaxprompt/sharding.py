@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprompt.typing import Array, ArrayTree, UserError
 
-RULES: dict[str, str | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
     "batch": "data",
     "length": None,
     "embed": None,
@@ -32,7 +33,9 @@ RULES: dict[str, str | None] = {
 
 
 # Where weights are divided over `data` too, each device holds a part and gets the rest in passing.
-WEIGHTS_OVER_DATA: dict[str, str | None] = {**RULES, "embed": "data"}
+WEIGHTS_OVER_DATA: Rules = {**RULES, "embed": "data"}
+# Between matmuls, whose parts are on `model`, activations have rows to divide over it.
+ROWS_OVER_MODEL: Rules = {**RULES, "batch": ("data", "model")}
 
 
 def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -82,7 +85,7 @@ def meet(mesh: Mesh) -> None:
         jax.device_get(jax.jit(jnp.sum)(put_whole(ones, NamedSharding(mesh, PartitionSpec(axis)))))
 
 
-def partition_spec(axes: Sequence[str], rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
+def partition_spec(axes: Sequence[str], rules: Rules = RULES) -> PartitionSpec:
     """Maps logical axis names to a PartitionSpec.
 
     Raises: UserError for an axis without a rule, or two axes on one mesh axis.
@@ -91,7 +94,7 @@ def partition_spec(axes: Sequence[str], rules: Mapping[str, str | None] = RULES)
     if unknown:
         raise UserError(f"no sharding rule for axis {unknown[0]!r}; rules: {', '.join(rules)}")
     mapped = [rules[axis] for axis in axes]
-    used = [name for name in mapped if name is not None]
+    used = [part for name in mapped if name for part in _parts(name)]
     if len(used) != len(set(used)):
         raise UserError(f"axes {tuple(axes)} would use a mesh axis twice: {tuple(mapped)}")
     return PartitionSpec(*mapped)
@@ -101,7 +104,7 @@ def named_sharding(
     mesh: Mesh,
     axes: Sequence[str],
     shape: Sequence[int],
-    rules: Mapping[str, str | None] = RULES,
+    rules: Rules = RULES,
 ) -> NamedSharding:
     """The sharding of an array with these logical axes and sizes on `mesh`.
 
@@ -132,11 +135,15 @@ def tree_shardings(mesh: Mesh, specs: ArrayTree, over_data: bool = False) -> Arr
     )
 
 
-def constrain(mesh: Mesh | None, x: Array, *axes: str) -> Array:
+def constrain(mesh: Mesh | None, x: Array, *axes: str, rules: Rules = RULES) -> Array:
     """An activation laid out by its logical axes; as it is without a mesh or with one device."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules)))
+
+
+def _parts(name: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
 
 
 def data_share(mesh: Mesh) -> tuple[int, int]:

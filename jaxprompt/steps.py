@@ -15,6 +15,7 @@ import optax
 
 from jaxprompt.losses import cross_entropy, segment_sums, token_weights
 from jaxprompt.prompts.bank import bank_of, members
+from jaxprompt.regularize import RegularizeConfig, noise_for
 from jaxprompt.t5.decode import Generated
 from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, Halted
@@ -56,6 +57,10 @@ class StepOptions:
       dropout_rate: inside the backbone.
       draws: whether the prompt method draws at random.
       accumulate: microbatches a step; rows of the batch must divide.
+      distil: weight of the squared distance to the teacher's logits, a mean over the vocabulary,
+        added to the loss of every target token; 0 = there is no teacher.
+      regularize: what holds prompts back, but for the pull towards a text, which is an argument.
+      wayward: weight of that pull.
     """
 
     z_loss: float = 0.0
@@ -63,6 +68,9 @@ class StepOptions:
     dropout_rate: float = 0.0
     draws: bool = False
     accumulate: int = 1
+    distil: float = 0.0
+    regularize: RegularizeConfig = RegularizeConfig()
+    wayward: float = 0.0
 
 
 Optimizers = Sequence[optax.GradientTransformation]
@@ -103,37 +111,74 @@ def gradients(
 
     A row is of one prompt, the one that its first segment names.
 
-    Returns: a tree like the trained one, and float32 [N] each: {"loss" (z-loss included), "units"
-      (that losses are averaged over), "right" (target tokens), "tokens", "examples"}.
+    Returns: a tree like the trained one, and float32 [N] each: {"loss" (all that is minimised),
+      "units" (that losses are averaged over), "right" (target tokens), "tokens", "examples"}.
     """
+
+    extras = options.regularize
+    draws = options.dropout_rate or options.draws or extras.draws
 
     def weighted_sum(trained: ArrayTree, part: Batch) -> tuple[Array, dict[str, Array]]:
         model = merge(graphdef, trained, frozen)
-        keys_B = _row_keys(state, part) if options.dropout_rate or options.draws else None
-        logits_BTV = model(part, dropout_rate=options.dropout_rate, dropout_key=keys_B)
-        loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
-        segments = part.example_index_BG.shape[1]
-        weights_BT, units_B = token_weights(
-            part.loss_weights_BT, part.decoder_segments_BT, segments, options.loss_by
-        )
+        keys_B = _row_keys(state, part) if draws else None
+        run = functools.partial(_weighted_losses, part=part, options=options, keys_B=keys_B)
+        loss_BT, units_B, logits_BTV = run(model)
         right_BT = (jnp.argmax(logits_BTV, axis=-1) == part.targets_BT) * part.loss_weights_BT
         owner_B = part.prompt_index_BG[:, 0]
         sums = {
-            "loss": jnp.sum(loss_BT * weights_BT, axis=1),
+            "loss": jnp.sum(loss_BT, axis=1),
             "units": units_B,
             "right": jnp.sum(right_BT, axis=1),
             "tokens": jnp.sum(part.loss_weights_BT, axis=1),
             "examples": jnp.sum(part.example_index_BG >= 0, axis=1, dtype=jnp.float32),
         }
+        if extras.noise:
+            attacked = merge(graphdef, jax.lax.stop_gradient(trained), frozen)
+            noise_BSD = noise_for(
+                extras, part, attacked.backbone.config.d_model, keys_B,
+                lambda noise_BSD: jnp.sum(run(attacked, noise_BSD)[0]),
+            )  # fmt: skip
+            sums["loss"] += extras.noise * jnp.sum(run(model, noise_BSD)[0], axis=1)
         count = len(state.live)
-        return jnp.sum(sums["loss"]), {
-            name: jax.ops.segment_sum(sum_B, owner_B, count) for name, sum_B in sums.items()
-        }
+        total = jnp.sum(sums["loss"])
+        of_each = {name: jax.ops.segment_sum(sum_B, owner_B, count) for name, sum_B in sums.items()}
+        if options.wayward:
+            # sums are divided by units, and this is to be a part of the mean
+            pull_N = options.wayward * of_each["units"] * model.wayward(part, count)
+            of_each["loss"] += pull_N
+            total += jnp.sum(pull_N)
+        return total, of_each
 
     gradient = jax.grad(weighted_sum, has_aux=True)
     if options.accumulate == 1:
         return gradient(state.trained, batch)
     return _accumulated(gradient, state.trained, batch, options.accumulate)
+
+
+def _weighted_losses(
+    model: Any,
+    noise_BSD: Array | None = None,
+    *,
+    part: Batch,
+    options: StepOptions,
+    keys_B: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Weighted loss of every target [B, T], units of each row [B], logits [B, T, V]."""
+    logits_BTV = model(
+        part, dropout_rate=options.dropout_rate, dropout_key=keys_B,
+        prompt_dropout=options.regularize.prompt_dropout, noise_BSD=noise_BSD,
+    )  # fmt: skip
+    loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
+    if options.distil and noise_BSD is None:
+        apart_BTV = logits_BTV - model.teacher_logits(part)
+        loss_BT += options.distil * jnp.mean(apart_BTV**2, axis=-1)
+    weights_BT, units_B = token_weights(
+        part.loss_weights_BT,
+        part.decoder_segments_BT,
+        part.example_index_BG.shape[1],
+        options.loss_by,
+    )
+    return loss_BT * weights_BT, units_B, logits_BTV
 
 
 def update(

@@ -78,12 +78,14 @@ class SweepResult:
         return all(result.finished for result in self.results.values())
 
 
-def sweep(plan: Sweep) -> SweepResult:
+def sweep(plan: Sweep, *, all_may_diverge: bool = False) -> SweepResult:
     """Trains all runs of a sweep, `train.at_once` of them at a time, resuming what is there.
 
     Each run has its directory `output_dir/prompts/NAME`, with what `training.train` writes but
     checkpoints; these are of all that are trained together.
 
+    Args:
+      all_may_diverge: a sweep without a single finite run is a result too.
     Raises: UserError as `training.train_together`, or if every run diverged.
     """
     directory = Path(plan.output_dir)
@@ -97,7 +99,7 @@ def sweep(plan: Sweep) -> SweepResult:
         results |= dict(zip(names, trained, strict=True))
         if not all(result.finished for result in trained):
             break
-    if all(result.diverged for result in results.values()):
+    if all(result.diverged for result in results.values()) and not all_may_diverge:
         raise UserError(
             f"every run of the sweep diverged, the first at step "
             f"{min(result.diverged for result in results.values())}: lower optim.learning_rate"

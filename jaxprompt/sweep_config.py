@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt import schema
-from jaxprompt.config import RunConfig, read_config, resolved
+from jaxprompt.config import RunConfig, read_config, refuse_comparison, resolved
 from jaxprompt.typing import UserError
 
 _SHARED = ("output_dir", "tune", "backbone", "mesh", "logging", "sweep")
@@ -61,6 +61,7 @@ def load_sweep(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Sweep
       all runs share, or an override of a key that is swept.
     """
     mapping, where = read_config(path_or_name, overrides)
+    refuse_comparison(mapping, where)
     if "sweep" not in mapping:
         config = resolved(mapping, where, overrides, RunConfig)
         return Sweep(config.output_dir, {}, [SweptRun("", {}, config)])

@@ -107,9 +107,9 @@ def write_safetensors(
         raise OSError(str(error)) from error
 
 
-def safetensors_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """What a safetensors file of some numpy arrays (in C order) holds."""
-    return save(dict(tensors), metadata={"format": "np"})
+def safetensors_bytes(tensors: Mapping[str, np.ndarray], kind: str = "np") -> bytes:
+    """What a safetensors file of some numpy arrays (in C order) holds; kind: its "format"."""
+    return save(dict(tensors), metadata={"format": kind})
 
 
 def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:

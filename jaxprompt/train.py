@@ -12,6 +12,7 @@ from jaxprompt.config import RunConfig
 from jaxprompt.data.sources import has_split
 from jaxprompt.hosts import is_first
 from jaxprompt.logging import table
+from jaxprompt.prompts import slots_of
 from jaxprompt.sweep import summary, sweep
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.trainee import part_config
@@ -39,7 +40,7 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
     if not result.finished:
         return f"\nstopped before the end; go on with:\n  {again}"
     names = [name for name in result.metrics if name in result.bare]
-    what = "tuned backbone" if config.tune == "model" else f"prompt of {config.method.length} slots"
+    what = "tuned backbone" if config.tune == "model" else f"prompt of {_length(config)} slots"
     rows: list[list[object]] = [
         ["most frequent target", *(result.majority.get(name, "") for name in names)],
         ["bare backbone", *(result.bare[name] for name in names)],
@@ -66,6 +67,11 @@ def _summary(config: RunConfig, result: TrainResult, words: Sequence[str]) -> st
             f"  {longer}    # goes on with the run",
         ]
     return "\n".join(lines)
+
+
+def _length(config: RunConfig) -> int:
+    """Slots of what is kept, or keys and values where those stand in no row."""
+    return slots_of(config.method) or config.method.length
 
 
 def _twice(config: RunConfig, result: TrainResult) -> list[str]:

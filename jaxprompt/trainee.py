@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxprompt
 from jaxprompt import schema
-from jaxprompt.artifact import PromptArtifact, check_backbone, load_artifact, save_artifact
-from jaxprompt.backbone import Backbone, identity_of
+from jaxprompt.backbone import Backbone
+from jaxprompt.borrowed import digests, teacher
 from jaxprompt.config import RunConfig, step_options, with_tasks
 from jaxprompt.data.encoder import TaskEncoder
 from jaxprompt.data.layout import Layout
@@ -22,14 +21,12 @@ from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import resolve
-from jaxprompt.prompts import METHODS, slots_of
+from jaxprompt.prompts import METHODS, MethodInputs, NoPrompt, PromptMethod, slots_of
 from jaxprompt.prompts.bank import PromptBank
-from jaxprompt.prompts.base import MethodConfig, Values
-from jaxprompt.prompts.init import InitContext
+from jaxprompt.prompts.soft import FixedPrompt
 from jaxprompt.schema import to_mapping
 from jaxprompt.steps import StepOptions
 from jaxprompt.t5.model import T5
-from jaxprompt.t5.weights import save_hf
 from jaxprompt.trees import merge, split
 from jaxprompt.typing import ArrayTree, UserError
 
@@ -68,6 +65,7 @@ class Trainee:
       parts: its task, or those of its mixture.
       source, encoder: what it is trained on.
       options: what is compiled into its step.
+      teacher: rows of the prompt that it learns from, float [P, D]; None = there is none.
     """
 
     name: str
@@ -77,6 +75,7 @@ class Trainee:
     encoder: TaskEncoder | MixedEncoder
     total_steps: int
     options: StepOptions
+    teacher: np.ndarray | None = None
 
     @property
     def directory(self) -> Path:
@@ -128,8 +127,11 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
         source = MixedSource([part.source for part in parts])
         rates = rates_of(list(mixture.values()), source.counts)
         encoder = MixedEncoder([part.encoder for part in parts], rates)
-    steps = total_steps(config, len(source))
-    return Trainee(name, config, parts, source, encoder, steps, step_options(config))
+    steps, options, rows = total_steps(config, len(source)), step_options(config), None
+    if config.distil.prompt:
+        rows, likeness = teacher(config, backbone)
+        options = dataclasses.replace(options, distil=likeness * config.distil.weight)
+    return Trainee(name, config, parts, source, encoder, steps, options, rows)
 
 
 def _make_part(name: str, config: RunConfig, backbone: Backbone) -> Part:
@@ -169,128 +171,22 @@ def train_batches(one: Trainee, devices: int, share: tuple[int, int] = (0, 1)) -
     )
 
 
-def keep(
-    one: Trainee,
-    backbone: Backbone,
-    name: str,
-    number: int,
-    trained: ArrayTree,
-    first: Mapping[str, np.ndarray],
-    metrics: Mapping[str, float],
-    rest: tuple[Any, ArrayTree],
-) -> None:
-    """Writes what was trained to its directory: an artifact, or a backbone with `tune: model`.
-
-    Args:
-      name: of the artifact's directory.
-      number: steps taken.
-      trained: its trained tree.
-      first: the first values of its method, of which some may be constant.
-      rest: graph definition and frozen tree, for a backbone.
-    """
-    place, config = one.directory / name, one.config
-    if config.tune == "model":
-        graphdef, frozen = rest
-        tree = merge(graphdef, trained, frozen).backbone.tree()
-        save_hf(place, tree, backbone.config, tokenizer_dir=backbone.directory)
-        return
-    provenance: dict[str, Any] = {
-        "recipe": config.optim.recipe, "steps": number, "seed": config.seed,
-        "metrics": dict(metrics), "jaxprompt": jaxprompt.__version__,
-    }  # fmt: skip
-    if backbone.quantize != "none":
-        provenance["quantize"] = backbone.quantize
-    if config.task.mixture:
-        provenance["mixture"] = list(config.task.mixture)
-    values = {**first, **jax.device_get(trained["method"])}
-    save_artifact(place, artifact_of(config, backbone, values, provenance))
-    for part, own in zip(one.parts, each_task(config, values), strict=True):
-        if part.name:
-            told = {**provenance, "metrics": _metrics_of_part(part.name, metrics)}
-            kept = artifact_of(part.config, backbone, own, told)
-            save_artifact(Path(part.config.output_dir) / name, kept)
-
-
-def each_task(config: RunConfig, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A method's values for each task of a run: of parts for each its own, the others as they are.
-
-    With `part_config` these are a method that was trained on that task alone.
-    """
-    parts = METHODS[config.method.name].task_parts
-    return [
-        {name: value[n : n + 1] if name in parts else value for name, value in values.items()}
-        for n in range(max(1, len(config.task.mixture)))
-    ]
-
-
-def plain_prompt(config: RunConfig, values: Mapping[str, Any]) -> tuple[MethodConfig, Values]:
-    """What the artifact of a run on one task holds: a plain prompt where the method folds."""
-    info = METHODS[config.method.name]
-    if info.fold is None:
-        return config.method, values
-    plain = info.fold({name: jnp.asarray(value) for name, value in values.items()}, config.method)
-    return plain.config, plain.values
-
-
-def prompts_of_tasks(one: Trainee, values: Mapping[str, Any]) -> list[tuple[MethodConfig, Values]]:
-    """What the artifacts of each of its tasks hold: options and arrays on the host."""
-    found = []
-    for part, own in zip(one.parts, each_task(one.config, values), strict=True):
-        method, made = plain_prompt(part.config, own)
-        found.append((method, {name: np.asarray(value) for name, value in made.items()}))
-    return found
-
-
-def _metrics_of_part(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    mark = f"{name}/"
-    return {key.removeprefix(mark): value for key, value in metrics.items() if key.startswith(mark)}
-
-
-def initial_values(config: RunConfig, backbone: Backbone, *tasks: Task) -> dict[str, np.ndarray]:
-    """First values of the method's parameters, float32, drawn from `config.seed`.
-
-    Args:
-      tasks: the run's.
-    Raises: UserError for an `init` that is not possible, or a prompt to begin from that does not
-      fit or is of another backbone.
-    """
-    candidates = [word for task in tasks for word in task.candidates]
-    context = InitContext(
-        sizes=backbone.config,
-        vocab_size=backbone.tokenizer.size,
-        rows=backbone.embedding_rows,
-        encode=backbone.tokenizer.encode,
-        candidates=tuple(dict.fromkeys(candidates)),
-        load=_rows_of,
-        artifact=lambda path: _parts_of(path, backbone),
-    )
-    key = jax.random.key(config.seed)
-    return METHODS[config.method.name].initial(key, config.method, context)
-
-
-def _rows_of(path: str) -> np.ndarray:
-    artifact = load_artifact(path)
-    if "prompt" not in artifact.values:
-        raise UserError(
-            f"prompt {path} is of method {artifact.method['name']} and has no rows to begin from"
-        )
-    return artifact.values["prompt"]
-
-
-def _parts_of(path: str, backbone: Backbone) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    artifact = load_artifact(path)
-    check_backbone(artifact, backbone.name, backbone.fingerprint, backbone.config.d_model)
-    return artifact.method, artifact.values
-
-
 def taken_apart(
-    configs: Sequence[RunConfig], backbone: T5, values: Sequence[ArrayTree]
+    configs: Sequence[RunConfig],
+    backbone: T5,
+    values: Sequence[ArrayTree],
+    teachers: Sequence[Any] = (),
+    texts: Sequence[Any] = (),
 ) -> tuple[Any, ArrayTree, ArrayTree]:
     """Graph definition, trained and frozen tree of a backbone with all prompts on it.
 
     Args:
       configs: of the runs; all tune the same.
       values: of each prompt's method, arrays or their shapes; not read with `tune: model`.
+      teachers: rows of the prompt that each one learns from, None for one without; or none at all.
+      texts: what each one is pulled towards, `text_rows` or their shape, None for one without; or
+        none at all.
+    Raises: UserError for a text beside a method that makes a prompt for each input.
     """
     if configs[0].tune == "model":
         return split(PromptedT5(backbone), ...)
@@ -298,38 +194,52 @@ def taken_apart(
         METHODS[config.method.name].make(own, config.method)
         for config, own in zip(configs, values, strict=True)
     ]
-    return split(PromptedT5(backbone, methods[0] if len(methods) == 1 else PromptBank(methods)))
-
-
-def artifact_of(
-    config: RunConfig, backbone: Backbone, values: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> PromptArtifact:
-    """The artifact of all of a method's values; of a plain prompt, where the method folds to one.
-
-    What the method was is then told in its provenance. Parts for each of several tasks do not
-    fold; what belongs to several tasks names none.
-    """
-    info, method = METHODS[config.method.name], config.method
-    if info.fold is not None and not (config.task.mixture and info.task_parts):
-        provenance = {**provenance, "method": to_mapping(method)}
-        method, values = plain_prompt(config, values)
-    return PromptArtifact(
-        method=to_mapping(method),
-        layout=config.layout,
-        task={} if config.task.mixture else to_mapping(config.task),
-        backbone=identity_of(backbone),
-        values={name: np.asarray(value) for name, value in values.items()},
-        lengths={
-            "max_input_length": config.data.max_input_length,
-            "max_target_length": config.data.max_target_length,
-        },
-        training=provenance,
+    for config, method, text in zip(configs, methods, texts or [None] * len(methods), strict=True):
+        if text is not None and _slots_shape(method, text.shape[1]) != (1, *text.shape):
+            raise UserError(
+                f"regularize.wayward pulls one prompt towards a text, method {config.method.name} "
+                "makes a prompt for each input"
+            )
+    fixed = [NoPrompt() if rows is None else FixedPrompt(rows) for rows in teachers]
+    taught = any(rows is not None for rows in teachers)
+    return split(
+        PromptedT5(
+            backbone,
+            _together(methods),
+            _together(fixed) if taught else None,
+            {n: text for n, text in enumerate(texts) if text is not None},
+        )
     )
+
+
+def _together(methods: Sequence[PromptMethod]) -> PromptMethod:
+    return methods[0] if len(methods) == 1 else PromptBank(methods)
+
+
+def _slots_shape(method: PromptMethod, d_model: int) -> tuple[int, ...]:
+    """Of what a method puts into slots, for a batch of one token."""
+    graphdef, *trees = split(method)
+
+    def slots(*trees: ArrayTree) -> Any:
+        one = jnp.ones((1, 1), jnp.int32)
+        inputs = MethodInputs(jnp.zeros((1, 1, d_model)), -one, one, one - 1)
+        return merge(graphdef, *trees)(inputs)
+
+    made = jax.eval_shape(slots, *trees)
+    return made.encoder.shape if made.prompt_index_BG is None else ()
 
 
 def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     """What a directory's run is; going on with anything else is refused."""
+    sources = METHODS[config.method.name].sources(config.method)
+    kept: dict[str, Any] = {}
+    if sources:
+        kept["sources"] = digests(sources)
+    if config.distil.prompt:
+        paths = [path for path in (config.distil.prompt, config.distil.target) if path]
+        kept["distil"] = {**to_mapping(config.distil), "rows": digests(paths)}
     return {
+        **kept,
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "task": to_mapping(config.task),
         "method": to_mapping(config.method),
@@ -367,6 +277,11 @@ def _check(config: RunConfig, encoder: TaskEncoder, sources: Sequence[Source]) -
         raise UserError(
             f"train.metric is {config.train.metric!r}, task {config.task.name} has "
             f"{', '.join(task.metrics)}"
+        )
+    if config.regularize.reads_slots and not slots_of(config.method):
+        raise UserError(
+            f"regularize acts on the prompt's slots, and method {config.method.name} has none; set "
+            "prompt_dropout, wayward and noise_on=prompt back"
         )
     if not config.data.packing:
         config.train.check_batch_size("data.batch_size", config.data.batch_size)

@@ -1,7 +1,6 @@
 """Trains a prompt over a frozen backbone, several side by side, or with `tune: model` the backbone.
 
-What `train` and `sweep` share. Reads top to bottom: backbone, tasks, prompts, step, evaluation,
-run, results.
+What `train` and `sweep` share. `_train` reads top to bottom; XPrompt comes to it twice.
 """
 
 import contextlib
@@ -16,20 +15,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxprompt import pruning
 from jaxprompt.backbone import Backbone, load_backbone
+from jaxprompt.borrowed import initial_values, text_rows
 from jaxprompt.checkpoint import Checkpoints
-from jaxprompt.compiled import CompiledStep
+from jaxprompt.compiled import CompiledStep, room_for_activations
 from jaxprompt.config import RunConfig, dump
-from jaxprompt.data.pipeline import Asked, TrainBatches, examples_of
+from jaxprompt.data.pipeline import Asked, examples_of
 from jaxprompt.data.side_by_side import Part, SideBySide
 from jaxprompt.evaluate import Evaluator
-from jaxprompt.files import held, make_directory, write_file
+from jaxprompt.files import held, make_directory, size_on_disk, write_file
 from jaxprompt.hosts import is_first
+from jaxprompt.keeping import keep, prompts_of_tasks
 from jaxprompt.logging import METRICS_FILE, RunLogger
 from jaxprompt.loop import Loop, restore
 from jaxprompt.members import Member, Progress
 from jaxprompt.model import PromptedT5
+from jaxprompt.notes import baseline_line, baselines, cut_lines, opening, packing_line
 from jaxprompt.optim import learning_rate_at, make_optimizer
 from jaxprompt.plots import write_run_plot
 from jaxprompt.prompts import METHODS
@@ -40,16 +44,13 @@ from jaxprompt.steps import init_state
 from jaxprompt.trainee import (
     Trainee,
     encoder_of,
-    initial_values,
-    keep,
     make_trainee,
     mean_of,
-    prompts_of_tasks,
     run_identity,
     taken_apart,
     train_batches,
 )
-from jaxprompt.trees import count, size_in_bytes, split
+from jaxprompt.trees import size_in_bytes, split
 from jaxprompt.typing import ArrayTree
 
 
@@ -129,26 +130,73 @@ def train_together(
       names: of each, for people and directories; one empty name for a run of its own.
     Raises: UserError as `train`, for prompts of different methods, or for more than fit in memory.
     """
-    shared, directory = configs[0], Path(output_dir)
+    shared = configs[0]
     mesh = make_mesh(shared.mesh.data, shared.mesh.model)
     meet(mesh)
-
-    # ---- backbone, tasks, data ---------------------------------------------------------------
     backbone = load_backbone(
         shared.backbone.name,
         revision=shared.backbone.revision,
         mesh=mesh,
         weights_over_data=shared.mesh.weights_over_data,
-        compute=shared.backbone.compute(),
+        compute=shared.compute(),
         param_dtype="float32" if shared.tune == "model" else None,
         quantize="none" if shared.tune == "model" else shared.backbone.quantize,
     )
+    if shared.tune == "prompt":
+        compute = dataclasses.replace(backbone.compute, room=room_for_activations())
+        backbone = dataclasses.replace(backbone, compute=compute)
+    if any(map(pruning.is_pruned, configs)):
+        return _train_twice(configs, names, output_dir, backbone, mesh)
+    return _train(configs, names, output_dir, backbone, mesh)
+
+
+def _train_twice(
+    configs: Sequence[RunConfig],
+    names: Sequence[str],
+    directory: str,
+    backbone: Backbone,
+    mesh: Mesh,
+) -> list[TrainResult]:
+    """Soft prompts first, then what is left of each when it is pruned (XPrompt)."""
+    pruning.check(configs, backbone)
+    starts = [pruning.read_pruned(config, backbone) for config in configs]
+    results: list[Any] = [None] * len(configs)
+    if None in starts:
+        first = list(map(pruning.unpruned, configs)), names, f"{directory}/{pruning.TUNED}"
+        results = _train(*first, backbone, mesh)
+        if not all(result.finished for result in results):
+            return results
+        for n, config in enumerate(configs):
+            if starts[n] is None and not results[n].diverged:
+                starts[n] = pruning.prune(config, backbone, mesh)
+    left = {n: start for n, start in enumerate(starts) if start is not None}
+    if left:
+        second = [configs[n] for n in left], [names[n] for n in left], directory
+        ended = _train(*second, backbone, mesh, list(left.values()))
+        results = [ended.pop(0) if n in left else result for n, result in enumerate(results)]
+    return results
+
+
+def _train(
+    configs: Sequence[RunConfig],
+    names: Sequence[str],
+    output_dir: str,
+    backbone: Backbone,
+    mesh: Mesh,
+    starts: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> list[TrainResult]:
+    """One training, from `starts` or from what each method begins with."""
+    shared, directory = configs[0], Path(output_dir)
+
+    # ---- tasks, data -------------------------------------------------------------------------
     trainees = [make_trainee(*both, backbone) for both in zip(names, configs, strict=True)]
 
     # ---- what is trained, by what step -------------------------------------------------------
-    firsts = [_first_values(one, backbone) for one in trainees]
+    firsts = starts or [_first_values(one, backbone) for one in trainees]
     values = [replicate(mesh, first) for first in firsts]
-    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values)
+    teachers = [replicate(mesh, one.teacher) for one in trainees]  # None stays None
+    texts = [replicate(mesh, text_rows(one.config, backbone)) for one in trainees]
+    graphdef, trained, frozen = taken_apart(configs, backbone.module(), values, teachers, texts)
     optimizers = [make_optimizer(one.config.optim, one.total_steps) for one in trainees]
     seeds = [one.config.seed for one in trainees]
     state = replicate(mesh, init_state(trained, optimizers, seeds))
@@ -162,7 +210,7 @@ def train_together(
     # ---- evaluation and what is kept ---------------------------------------------------------
     longest = max((stream.input_buckets for stream in batches.streams), key=max)
     encoders = [part.encoder for one in trainees for part in one.parts]
-    starts = [0, *itertools.accumulate(len(one.parts) for one in trainees)]
+    offsets = [0, *itertools.accumulate(len(one.parts) for one in trainees)]
     cuts: list[dict[str, Mapping[str, int]]] = [{} for _ in trainees]
 
     def keep_one(n: int, name: str, number: int, trained: ArrayTree, metrics: Mapping) -> None:
@@ -187,7 +235,7 @@ def train_together(
 
     def evaluate(number: int, trained: ArrayTree, which: Sequence[int]) -> list[dict[str, float]]:
         asked = _side_by_side({
-            starts[n] + at: examples_of(part.task, part.validation)
+            offsets[n] + at: examples_of(part.task, part.validation)
             for n in which
             for at, part in enumerate(trainees[n].parts)
         })  # fmt: skip
@@ -196,7 +244,7 @@ def train_together(
         results = evaluator.run_asked(own_trained, own_frozen, asked)
         all_metrics = []
         for n in which:
-            own = results[starts[n] : starts[n + 1]]
+            own = results[offsets[n] : offsets[n + 1]]
             metrics = trainees[n].metrics_of([result.metrics for result in own])
             cuts[n]["validation"] = _added([result.cuts.report() for result in own])
             keep_one(n, "prompt", number, trained, metrics)
@@ -230,11 +278,11 @@ def train_together(
         ]  # fmt: skip
         for one in trainees if is_first() else ():
             write_file(make_directory(one.directory) / "config.yaml", dump(one.config))
-        logger.note(_opening(trainees, backbone, trained, directory, resumed))
-        for line in dict.fromkeys(_packing(stream) for stream in batches.streams):
+        logger.note(opening(trainees, backbone, trained, directory, resumed))
+        for line in dict.fromkeys(packing_line(stream) for stream in batches.streams):
             logger.note(line)
         _measure_baselines(trainees, all_progress, backbone, mesh)
-        for line in dict.fromkeys(map(_baseline_line, trainees, all_progress)):
+        for line in dict.fromkeys(map(baseline_line, trainees, all_progress)):
             logger.note(line)
         loop = Loop(
             step=CompiledStep(graphdef, optimizers), frozen=frozen, batches=batches,
@@ -256,14 +304,14 @@ def train_together(
             logger.note(f"training rows were filled to {100 * sum(fills) / len(fills):.1f} %")
         for one, stream, own_cuts in zip(trainees, batches.streams, cuts, strict=True):
             own_cuts["training"] = stream.report()
-            for line in _cut_lines(own_cuts):
+            for line in cut_lines(own_cuts):
                 logger.note(f"{one.name}: {line}" if one.name else line)
         for one, progress in zip(trainees, all_progress, strict=True) if is_first() else ():
             picture = write_run_plot(
                 one.directory / METRICS_FILE,
                 one.directory / "plots" / "run.png",
                 title=f"{one.config.task.name} on {backbone.name}",
-                baselines=_baselines(one, progress),
+                baselines=baselines(one, progress),
             )
             if not one.name:
                 logger.note(picture)
@@ -280,7 +328,7 @@ def train_together(
             best_step=progress.best_step,
             steps=progress.ended or int(jax.device_get(state.step)),
             examples_per_second=progress.examples_per_second,
-            prompt_bytes=_bytes_in(one.directory / "best"),
+            prompt_bytes=size_on_disk(one.directory / "best"),
             backbone_bytes=size_in_bytes(backbone.params),
             finished=progress.finished,
             diverged=progress.diverged,
@@ -308,7 +356,7 @@ def _measure_baselines(
     trainees: Sequence[Trainee],
     all_progress: Sequence[Progress],
     backbone: Backbone,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
 ) -> None:
     """The bare backbone and the most frequent target, once for each task and its lengths."""
     known: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
@@ -329,66 +377,5 @@ def _measure_baselines(
         progress.baselines = {"bare": one.metrics_of(bares), "majority": one.metrics_of(majorities)}
 
 
-def _baselines(one: Trainee, progress: Progress) -> dict[str, float]:
-    """What its score is compared with, by name."""
-    return {
-        "bare backbone": progress.baselines["bare"][one.score_names[0]],
-        "most frequent target": progress.baselines["majority"][one.score_names[0]],
-    }
-
-
-def _baseline_line(one: Trainee, progress: Progress) -> str:
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in _baselines(one, progress).items())
-    task = f"{one.config.task.name}: " if one.name else ""
-    return f"{task}validation {one.score_names[0]}: {shown}"
-
-
-def _opening(
-    trainees: Sequence[Trainee],
-    backbone: Backbone,
-    trained: ArrayTree,
-    directory: Path,
-    resumed: int | None,
-) -> str:
-    tuning_model = trainees[0].config.tune == "model"
-    frozen = "no frozen ones" if tuning_model else f"{count(backbone.params):,} frozen ones"
-    kind = "" if backbone.quantize == "none" else f", {backbone.quantize}"
-    name = f"{backbone.name}{kind}"
-    start = "starting" if resumed is None else f"resuming at step {resumed:,}"
-    prompts = f"{len(trainees)} prompts at once, " if len(trainees) > 1 else ""
-    tasks = dict.fromkeys(
-        f"task {one.config.task.name}, {len(one.source):,} examples" for one in trainees
-    )
-    return (
-        f"{start}: {prompts}{count(trained):,} trained parameters, {frozen} ({name}); "
-        f"{'; '.join(tasks)}, {max(one.total_steps for one in trainees):,} steps, output in "
-        f"{directory}"
-    )
-
-
-def _packing(stream: TrainBatches) -> str:
-    shapes = stream.shapes
-    if shapes.max_segments == 1:
-        return f"not packed: {shapes.batch_size} rows"
-    return (
-        f"packed: {shapes.batch_size} rows of {shapes.input_buckets[-1]} positions, up to "
-        f"{shapes.max_segments} examples in each"
-    )
-
-
-def _cut_lines(cuts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    return [
-        f"{counts[f'cut_{side}s']:,} of {counts['examples']:,} {split} {side}s were cut to "
-        f"data.max_{side}_length, {counts[f'cut_{side}_tokens']:,} tokens in all"
-        for split, counts in cuts.items()
-        for side in ("input", "target")
-        if counts[f"cut_{side}s"]
-    ]
-
-
 def _added(reports: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {name: sum(report[name] for report in reports) for name in reports[0]}
-
-
-def _bytes_in(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*")) if directory.is_dir() else 0

@@ -78,11 +78,28 @@ class KeysValues:
     Attributes:
       keys, values: [N, Q, P, H, K].
       mask_QP: bool, False at places of a prompt that is shorter than P; None = all have P.
+      before_text: whether they stand at the P positions before a segment and take the relative bias
+        there; else they stand nowhere and have none.
     """
 
     keys: Array
     values: Array
     mask_QP: Array | None = None
+    before_text: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerSlots:
+    """What the encoder's slots hold from its second layer on; the first has slot embeddings.
+
+    Attributes:
+      values: [N - 1, Q, P, D], before layers 1 to N - 1.
+      adds_Q: bool, added to the hidden states there (True) or in their place (False).
+    """
+
+    values: Array
+    adds_Q: Array
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +109,7 @@ class PromptValues:
 
     Attributes:
       encoder: embeddings of encoder slots, [Q, P, D].
+      encoder_layers: what encoder slots hold in later layers.
       decoder: embeddings of decoder slots, [Q, P, D].
       encoder_self: keys and values of every encoder self-attention.
       decoder_self: keys and values of every decoder self-attention.
@@ -102,6 +120,7 @@ class PromptValues:
     """
 
     encoder: Array | None = None
+    encoder_layers: LayerSlots | None = None
     decoder: Array | None = None
     encoder_self: KeysValues | None = None
     decoder_self: KeysValues | None = None

@@ -33,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "adept": {"length": 4, "rank": 3},
     "smop": {"length": 3, "prompts": 3},
     "pt-moe": {"length": 4, "rank": 2, "experts": 3},
+    "attempt": {"length": 4, "hidden": 6, "temperature": 1.5, "sources": ["one", "other"]},
+    "xprompt": {"length": 6, "pieces": 4},
+    "per-layer": {"length": 3},
+    "per-layer add": {"length": 3, "mode": "add"},
     "multitask": {"length": 4, "tasks": TASKS},
     "multitask concat": {"length": 3, "tasks": TASKS, "combine": "concat", "task_length": 2},
     "multitask features": {"length": 4, "tasks": TASKS, "combine": "concat-features"},
@@ -58,6 +62,7 @@ def context_of(sizes: T5Config = tiny.CONFIG) -> InitContext:
         rows=lambda ids: table[np.asarray(ids)],
         encode=lambda text: [3, 4],
         candidates=("yes", "no"),
+        source=lambda path: np.random.default_rng(len(path)).normal(size=(4, sizes.d_model)),
     )
 
 

@@ -19,8 +19,10 @@ from tiny import make_params
 from tiny_tokenizer import write_tokenizer
 
 from jaxprompt import trees
+from jaxprompt.artifact import BackboneIdentity, PromptArtifact, save_artifact
 from jaxprompt.checkpoint import Checkpoints
 from jaxprompt.config import RunConfig, load_config
+from jaxprompt.t5.backbones import fingerprint
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.weights import save_hf
 
@@ -160,6 +162,21 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """A JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def source_of(world: World, name: str) -> Path:
+    """A soft prompt of 4 slots for the world's backbone, made once."""
+    place = world.root / name
+    if not place.exists():
+        rows = np.random.default_rng(len(name)).normal(size=(4, CONFIG.d_model))
+        save_artifact(place, PromptArtifact(
+            method={"name": "soft", "length": 4},
+            layout="{prompt}{input}",
+            task={},
+            backbone=BackboneIdentity("", fingerprint(world.root / "backbone"), CONFIG.d_model),
+            values={"prompt": rows.astype(np.float32)},
+        ))  # fmt: skip
+    return place
 
 
 def records(directory: Path) -> list[dict[str, Any]]:

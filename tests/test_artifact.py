@@ -257,6 +257,7 @@ def corrupt_header(directory):
         (lambda p: (p / "prompt_config.json").write_bytes(b"\xff"), "is damaged: not JSON"),
         (lambda p: (p / "prompt_config.json").write_text("[]"), "format_version is not a number"),
         (lambda p: edit(p, format_version=None), "format_version is not a number"),
+        (lambda p: edit(p, origin=[]), "origin should be a dict and is []"),
         (lambda p: edit(p, format_version=2), "has format_version 2, this jaxprompt reads up to 1"),
         (lambda p: edit(p, layout=None), "layout should be a str and is None"),
         (lambda p: edit(p, task=[1]), "task should be a dict and is [1]"),

@@ -48,7 +48,9 @@ class Everything(PromptMethod):
         return PromptValues(
             encoder=self.encoder[...],
             decoder=self.decoder[...],
-            encoder_self=KeysValues(self.self_keys[...], self.self_values[...]),
+            encoder_self=KeysValues(
+                self.self_keys[...], self.self_values[...], before_text=self.mixed
+            ),
             decoder_cross=KeysValues(self.cross_keys[...], self.cross_values[...]),
             input_delta=jnp.ones_like(inputs.embeds_BSD) * self.delta[...].reshape(1, 1, -1),
             prompt_index_BG=index,

@@ -22,8 +22,11 @@ COMMANDS = [
     "evaluate",
     "predict",
     "inspect",
+    "compare",
     "convert",
     "import",
+    "export",
+    "transfer",
     "plan",
     "tasks",
     "methods",
@@ -45,7 +48,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
             seen.append(args)
             return work()
 
-        rooms = "train pretrain evaluate predict inspection convert importing plan listing"
+        rooms = (
+            "train pretrain evaluate predict inspection compare convert importing exporting "
+            "transfer plan listing"
+        )
         for room in rooms.split():
             fake = types.SimpleNamespace(main=main)
             monkeypatch.setitem(sys.modules, f"jaxprompt.{room}", fake)
@@ -79,6 +85,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
         ("convert a b --tokenizer t --dtype bfloat16", "convert", {"tokenizer": "t"}),
         ("import a b --backbone c", "importing", {"backbone": "c", "layout": "{prompt}{input}"}),
         ("import a b --backbone c --task t --json", "importing", {"task": "t", "json": True}),
+        ("transfer a b --recycle lin-comb", "transfer", {"prompt": "a", "out": "b", "seed": 0}),
+        ("transfer --library d --to p", "transfer", {"library": "d", "to": "p", "prompt": None}),
         ("plan c --topology v5e:2x2 cpu:1", "plan", {"topology": ["v5e:2x2", "cpu:1"]}),
         ("plan c --topology cpu:1 --search a=1", "plan", {"search": True, "overrides": ["a=1"]}),
         ("plan c --topology cpu:1 --try a=1,2 --try b=x", "plan", {"also": ["a=1,2", "b=x"]}),

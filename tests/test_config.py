@@ -40,8 +40,9 @@ def kind_of(name: str) -> type:
     return PretrainConfig if name.startswith("pretrain/") else RunConfig
 
 
-SWEEPS = {"sweep": 6} | {f"paper/{size}": 18 for size in ("small", "base", "large", "xl", "xxl")}
-SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SWEEPS]
+SWEEPS = {"sweep": 6} | {f"paper/{size}": 24 for size in ("small", "base", "large", "xl", "xxl")}
+SEVERAL = {*SWEEPS, "compare"}  # tests/test_compare.py reads the latter
+SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SEVERAL]
 
 
 @pytest.mark.parametrize("name", SINGLE)

@@ -99,7 +99,11 @@ def test_decoder_slots_and_prefixes(shorter: bool):
     if shorter:
         mask = jnp.asarray([[True] * 4, [True, False, True, False]])
         values = jax.tree.map(
-            lambda kv: dataclasses.replace(kv, mask_QP=mask) if isinstance(kv, KeysValues) else kv,
+            lambda kv: (
+                dataclasses.replace(kv, mask_QP=mask, before_text=True)
+                if isinstance(kv, KeysValues)
+                else kv
+            ),
             values,
             is_leaf=lambda leaf: isinstance(leaf, KeysValues),
         )

@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an artifact": (
         lambda root: write_prompt(root / "p", write_backbone(root)), "is a prompt artifact already"
     ),
-    "PEFT": (peft, "no prompt at"),
+    "PEFT without a type": (peft, "it names no peft_type"),
 }  # fmt: skip
 
 

@@ -20,9 +20,9 @@ from jaxprompt.t5.layers import (
     init_params,
     mlp,
     param_specs,
-    place_slots,
     rms_norm,
 )
+from jaxprompt.t5.slots import SlotPlaces
 
 # Scalars of the published checkpoints, by hand from their config.json and the papers' tables.
 SIZES = {
@@ -159,6 +159,10 @@ def test_slots_stand_where_the_layout_says(layout: tuple[np.ndarray, np.ndarray,
                 prompt = prompts[b, max(segments[b, s] - 1, 0)]
                 want[b, s] = values[prompt, slots[b, s]]
     np.testing.assert_array_equal(_placed(embeds, slots, segments, values, prompts), want)
+
+
+def place_slots(embeds, slots, segments, values, index) -> jax.Array:
+    return SlotPlaces(slots, segments, index).fill(embeds, values)
 
 
 _placed = jax.jit(place_slots)

@@ -1,7 +1,10 @@
 """Runs on simulated devices, in every mesh shape: the same losses and prompts as on one."""
 
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -14,8 +17,11 @@ from jaxprompt.backbone import load_backbone
 from jaxprompt.sharding import make_mesh
 from jaxprompt.sweep import sweep
 from jaxprompt.sweep_config import load_sweep
+from jaxprompt.t5 import spreading
+from jaxprompt.t5.config import Compute
 from jaxprompt.t5.layers import param_specs
-from jaxprompt.typing import UserError
+from jaxprompt.t5.spreading import between, gathered, is_spread, summed
+from jaxprompt.typing import Array, UserError
 
 __all__ = ["compiled"]  # fixture
 
@@ -85,6 +91,33 @@ def test_weights_divided_over_data_train_the_same(
         parts = data if "embed" in specs[path].axes else 1
         parts *= model if {"heads", "mlp", "vocab"} & {*specs[path].axes} else 1
         assert leaf.addressable_shards[0].data.size * parts == leaf.size, path
+
+
+@pytest.mark.parametrize("model", [2, 4])
+def test_rows_divided_over_model_train_the_same(
+    world: World, on_one: Path, tmp_path: Path, model: int
+):
+    """And what stands between matmuls really is divided, in training and where rows divide."""
+    options = ["mesh.rows_over_model=true", "backbone.attention=rowwise", "backbone.remat=frozen"]
+    with mock.patch.object(spreading, "is_spread", wraps=spreading.is_spread) as asked:
+        assert_same(run(world, tmp_path / "run", 4 // model, model, *options), on_one)
+    spread = [x for (compute, x), _ in asked.call_args_list if is_spread(compute, x)]
+    assert {x.ndim for x in spread} == {3}
+
+
+def test_what_is_divided_by_rows_lies_so():
+    mesh = make_mesh(2, 2)
+    compute = Compute(mesh=mesh, rows_over_model=True)
+    x = np.ones((8, 3, 4), np.float32)
+
+    def rows_of_each(function: Callable[..., Array], x: np.ndarray) -> int:
+        return jax.jit(function)(x).addressable_shards[0].data.shape[0]
+
+    assert rows_of_each(lambda x: between(compute, x) + 1, x) == 2
+    assert rows_of_each(lambda x: summed(compute, x) + 1, x) == 2
+    assert rows_of_each(lambda x: gathered(compute, x) + 1, x) == 4
+    assert rows_of_each(lambda x: between(compute, x) + 1, x[:6]) == 3  # 6 rows over 4: not divided
+    assert rows_of_each(jax.grad(lambda x: gathered(compute, x).sum() ** 2), x) == 2
 
 
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="this flax has one mode only")

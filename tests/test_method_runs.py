@@ -1,15 +1,26 @@
 """Every prompt method in real runs: trained, resumed to the bit, on a mesh, kept and used again."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from method_cases import CASES
-from run_fixtures import World, assert_same_end, compiled, losses, mixture_of, saved_state, world
+from run_fixtures import (
+    CONFIG,
+    World,
+    assert_same_end,
+    compiled,
+    losses,
+    mixture_of,
+    saved_state,
+    source_of,
+    world,
+)
 
 from jaxprompt import cli
-from jaxprompt.artifact import load_artifact
+from jaxprompt.artifact import BackboneIdentity, load_artifact, save_artifact
 from jaxprompt.prompts import METHODS
 from jaxprompt.train import train
 from jaxprompt.typing import UserError
@@ -22,7 +33,7 @@ OPTIONS = [
     "backbone.dropout=0.1", "data.row_multiple=2",
 ]  # fmt: skip
 RUNS = ["p-tuning", "residual", "p-tuning-v2", "prefix", "dpt", "lopt",
-        "superpos", "dept", "adept", "smop", "pt-moe", "mpt"]  # fmt: skip
+        "superpos", "dept", "adept", "smop", "pt-moe", "attempt", "per-layer", "mpt"]  # fmt: skip
 
 
 def shared_by(case: str, world: World) -> list[str]:
@@ -36,9 +47,11 @@ def kept_in(case: str, directory: Path) -> Path:
     return directory / "tasks" / "second" if "tasks" in CASES[case] else directory
 
 
-def options_of(case: str) -> list[str]:
+def options_of(case: str, world: World) -> list[str]:
     mapping = {"name": case.split()[0], **CASES[case]}
     mapping.pop("tasks", None)
+    if "sources" in mapping:
+        mapping["sources"] = [str(source_of(world, name)) for name in mapping["sources"]]
     return [f"method.{key}={json.dumps(value)}" for key, value in mapping.items()]
 
 
@@ -53,7 +66,8 @@ def run(request, world: World, tmp_path_factory, runs: dict[str, Path]) -> tuple
     case = request.param
     if case not in runs:
         runs[case] = tmp_path_factory.mktemp("runs") / case.replace(" ", "-")
-        train(world.load(runs[case], *OPTIONS, *shared_by(case, world), *options_of(case)))
+        options = [*OPTIONS, *shared_by(case, world), *options_of(case, world)]
+        train(world.load(runs[case], *options))
     return case, runs[case]
 
 
@@ -61,7 +75,7 @@ def test_a_run_broken_off_ends_as_the_unbroken_one(run, world: World, tmp_path: 
     """All trained parameters, also those of a network that the artifact folds away, go on."""
     case, unbroken = run
     broken = tmp_path / "broken"
-    options = [*OPTIONS, *shared_by(case, world), *options_of(case)]
+    options = [*OPTIONS, *shared_by(case, world), *options_of(case, world)]
     train(world.load(broken, *options, "train.steps=2"))
     train(world.load(broken, *options))
     info, prompt = METHODS[case.split()[0]], kept_in(case, broken) / "prompt"
@@ -73,7 +87,7 @@ def test_a_run_broken_off_ends_as_the_unbroken_one(run, world: World, tmp_path: 
 def test_two_devices_train_the_same(run, world: World, tmp_path: Path):
     """Also what is drawn: dropout, and SMoP's noise, belong to rows."""
     case, alone = run
-    options = [*OPTIONS, *shared_by(case, world), *options_of(case)]
+    options = [*OPTIONS, *shared_by(case, world), *options_of(case, world)]
     train(world.load(tmp_path / "two", *options, "mesh.data=2"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(alone), rtol=1e-5)
 
@@ -107,7 +121,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(run):
 
 def test_rates_of_parameters(world: World, tmp_path: Path):
     """A rate for one array changes that one's first step, and no other."""
-    options = [*OPTIONS, "train.steps=1", *options_of("dept")]
+    options = [*OPTIONS, "train.steps=1", *options_of("dept", world)]
     train(world.load(tmp_path / "one", *options, "optim.learning_rate=0.1"))
     rates = "optim.learning_rates={right: 0.001}"
     train(world.load(tmp_path / "two", *options, "optim.learning_rate=0.1", rates))
@@ -127,7 +141,28 @@ def test_a_prompt_without_rows_starts_no_other(run, world: World, tmp_path: Path
         train(world.load(tmp_path / "run", *OPTIONS, *start))
 
 
+def test_sources_are_kept_and_watched(run, world: World, tmp_path: Path):
+    """The artifact needs its sources no more; a run does not go on over others."""
+    case, directory = run
+    if case != "attempt":
+        pytest.skip("it alone has sources")
+    options = options_of(case, world)
+    first = load_artifact(source_of(world, "one"))
+    kept = load_artifact(directory / "prompt").values["sources"]
+    np.testing.assert_array_equal(kept[0], first.values["prompt"])
+    wrong = {"soft prompt": {"method": {"name": "dept", "length": 4}},
+             "was trained with backbone": {"backbone": BackboneIdentity("b", "0", CONFIG.d_model)},
+             "was trained with sources": {"values": {"prompt": 2 * kept[0]}}}  # fmt: skip
+    try:
+        for message, change in wrong.items():
+            save_artifact(first.path, dataclasses.replace(first, **change))
+            with pytest.raises(UserError, match=message):
+                train(world.load(directory, *OPTIONS, *options, "train.steps=6"))
+    finally:
+        save_artifact(first.path, first)
+
+
 def test_keys_and_values_take_no_slots(world: World, tmp_path: Path):
     layout = "layout={input}"
-    train(world.load(tmp_path / "run", *OPTIONS, *options_of("p-tuning-v2"), layout))
+    train(world.load(tmp_path / "run", *OPTIONS, *options_of("p-tuning-v2", world), layout))
     assert load_artifact(tmp_path / "run" / "prompt").layout == "{input}"

@@ -88,6 +88,14 @@ def superpos(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
     )
 
 
+def xprompt(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    pieces = iter(v["kept"])
+    nothing = np.zeros(v["kept"].shape[1])
+    return np.stack([
+        np.concatenate([next(pieces) if there else nothing for there in row]) for row in v["mask"]
+    ])  # fmt: skip
+
+
 ROWS: dict[str, Oracle] = {
     "soft": lambda v, config: v["prompt"],
     "p-tuning": p_tuning,
@@ -97,6 +105,8 @@ ROWS: dict[str, Oracle] = {
     "superpos": superpos,
     "dept": lambda v, config: v["prompt"],
     "adept": lambda v, config: v["prompt"],
+    "per-layer": lambda v, config: v["prompts"][0],
+    "xprompt": xprompt,
 }
 
 
@@ -129,19 +139,37 @@ def adept(v: dict[str, np.ndarray], config: Any, place: int, embedding: np.ndarr
 DELTAS: dict[str, Callable] = {"dept": dept, "adept": adept}
 
 
-def smop(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarray:
+def mean_of(rows: np.ndarray) -> np.ndarray:
+    return rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
+
+
+def smop(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
+    mean = mean_of(rows)
     shares = np.exp(mean @ v["router"])
     shares = shares / shares.sum()
     return shares.max() * v["prompts"][shares.argmax()]
 
 
-def pt_moe(v: dict[str, np.ndarray], config: Any, mean: np.ndarray) -> np.ndarray:
-    shares = np.exp(mean @ v["router"] + v["router_bias"])
+def pt_moe(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
+    shares = np.exp(mean_of(rows) @ v["router"] + v["router_bias"])
     shares = shares / shares.sum()
     return sum(w * (left @ v["right"]) for w, left in zip(shares, v["left"], strict=True))
 
 
-MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe}
+def attempt(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
+    largest = rows.max(0) if len(rows) else np.zeros(rows.shape[1])
+    hidden = largest @ v["down"]
+    query = (hidden * sigmoid(hidden)) @ v["up"]
+    query = (query - query.mean()) / np.sqrt(query.var() + 1e-5)
+    query = query * v["scale"][0, 0] + v["bias"][0, 0]
+    prompts = [*v["sources"], v["prompt"]]
+    scores = np.exp([prompt.max(0) @ query / config.temperature for prompt in prompts])
+    return v["prompt"] + sum(s * p for s, p in zip(scores / scores.sum(), prompts, strict=True))
+
+
+MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe, "attempt": attempt}
+
+UNFOLDED = ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe", "attempt", "per-layer")
 
 
 def multitask(v: dict[str, np.ndarray], config: Any, task: int) -> np.ndarray:
@@ -170,6 +198,10 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
     "adept": ({"length": 60, "rank": 19}, 768, 76_051),
     "smop": ({"length": 5, "prompts": 4}, 768, 18_432),
     "mpt": ({"length": 100}, 768, 77_668),
+    "attempt": ({"length": 100}, 768, 231_936),
+    # half of 20 slots and of their 16 pieces: a quarter of a soft prompt's
+    "xprompt": ({"length": 20}, 768, 20 * 768 // 4),
+    "per-layer": ({"length": 10}, 768, 3 * 10 * 768),  # of the tiny backbone's three layers
 }
 
 
@@ -234,6 +266,11 @@ def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: 
         assert found.keys.shape == found.values.shape == shape
         np.testing.assert_allclose(found.keys[:, 0], keys, **close)
         np.testing.assert_allclose(found.values[:, 0], own, **close)
+    if name != "per-layer":
+        assert values.encoder_layers is None
+    else:
+        assert values.encoder_layers.adds_Q.tolist() == [config.mode == "add"]
+        np.testing.assert_allclose(values.encoder_layers.values[:, 0], v["prompts"][1:], **close)
     if name not in DELTAS:
         assert values.input_delta is None
     else:
@@ -253,9 +290,8 @@ def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: 
     if name in MIXTURES:
         for b, g in np.ndindex(2, 3):
             ids = batch.encoder_ids_BS[b][text[b] & (segments_BS[b] == g + 1)]
-            mean = table[ids].mean(0) if len(ids) else np.zeros(CONFIG.d_model)
             row = values.encoder[values.prompt_index_BG[b, g]]
-            np.testing.assert_allclose(row, MIXTURES[name](v, config, mean), **close)
+            np.testing.assert_allclose(row, MIXTURES[name](v, config, table[ids]), **close)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -292,7 +328,7 @@ class TestEveryMethod:
         config = config_of(case)
         info = METHODS[config.name]
         if info.fold is None:
-            assert config.name in ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe")
+            assert config.name in UNFOLDED
             return
         if info.task_parts:
             assert_tasks_fold(case)
@@ -342,7 +378,8 @@ def _end(ids: np.ndarray) -> int:
 
 @pytest.mark.parametrize("case", METHODS)
 def test_packed_rows_of_a_bank_equal_each_prompt_alone(case: str):
-    methods = [make(case, seed) for seed in (0, 1)]
+    other = {"mode": "add"} if case == "per-layer" else {}
+    methods = [make(case), make(case, 1, **other)]
     examples = [examples_of(case, 3, seed=n, prompt=n) for n in (0, 1)]
     first, second = examples
     rows = [[first[0], second[0], first[1]], [second[1], first[2], second[2]]]
@@ -397,6 +434,76 @@ def test_no_prompt_has_neither_parameters_nor_values():
     assert jax.tree.leaves(NoPrompt()(inputs_of(packed("soft")))) == []
 
 
+def test_attempt_attends_as_its_code_in_torch():
+    """The published forward pass of one unpacked example, in torch's own layers."""
+    torch = pytest.importorskip("torch")
+    config, batch = config_of("attempt"), tiny.make_batch([examples_of("attempt", 1)], 14, 6, 1)
+    v = {name: torch.tensor(np.asarray(value)) for name, value in shaken(config).items()}
+    there = (np.asarray(batch.encoder_slots_BS) < 0) & (np.asarray(batch.encoder_segments_BS) > 0)
+    ids = np.asarray(batch.encoder_ids_BS)[there]
+    embeds = torch.tensor(np.asarray(PARAMS["token_embedder"]["embedding"])[ids])[None]
+    prompts = torch.cat([v["sources"], v["prompt"][None]])[None]
+    functional = torch.nn.functional
+    x = functional.silu(functional.linear(embeds.max(1).values, v["down"].T))
+    x = functional.linear(x, v["up"].T)
+    x = functional.layer_norm(x, x.shape[-1:], v["scale"][0, 0], v["bias"][0, 0])
+    scores = prompts.max(2).values.bmm(x[..., None])[..., 0] / config.temperature
+    want = torch.einsum("bp,bpld->bld", torch.softmax(scores, -1), prompts) + v["prompt"]
+    values = values_of(make("attempt"), inputs_of(batch))
+    np.testing.assert_allclose(values.encoder, want.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_attempt_scales_its_scores_by_the_width():
+    """Without a temperature, e times d_model: 2087 of the code's config on T5-base."""
+    batch = packed("attempt")
+    own = values_of(make("attempt", temperature=None), inputs_of(batch))
+    given = values_of(make("attempt", temperature=np.e * CONFIG.d_model), inputs_of(batch))
+    np.testing.assert_allclose(own.encoder, given.encoder, rtol=1e-6)
+    assert round(np.e * 768 - 0.5) == 2087
+
+
+def test_attempt_wants_sources_of_its_shape():
+    with pytest.raises(UserError, match=r"method\.sources is empty"):
+        shaken(config_of("attempt", sources=[]))
+    with pytest.raises(UserError, match=r"one is 4 x 12, the run wants method\.length 3"):
+        shaken(config_of("attempt", length=3))
+
+
+@pytest.mark.parametrize("case", ["per-layer", "per-layer add"])
+def test_a_layer_sees_its_own_prompt_in_the_slots(case: str):
+    """With one layer that does anything, all is as with a soft prompt of what its slots hold."""
+    batch, prompts_NPD = packed(case), np.asarray(shaken(config_of(case))["prompts"])
+    token_BS = np.asarray((batch.encoder_slots_BS < 0) & (batch.encoder_segments_BS > 0))
+
+    def encoder(method: PromptMethod) -> Callable:
+        graphdef, _, _ = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), method))
+        run = jax.jit(lambda trained, params: trees.merge(
+            graphdef, trained, {"backbone": {"params": params}}).encode(batch)[1])  # fmt: skip
+        return lambda params, values: np.asarray(run({"method": values}, params))[token_BS]
+
+    layered, soft = encoder(make(case)), encoder(make("soft", length=3))
+    for only in range(CONFIG.num_layers):
+        idle_N = np.arange(CONFIG.num_layers) != only
+
+        def silent(path: str, leaf: jax.Array, idle_N: np.ndarray = idle_N) -> jax.Array:
+            ends = path.startswith("encoder/layers") and path.endswith(("out/kernel", "wo/kernel"))
+            return jnp.asarray(np.where(idle_N.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
+                               if ends else leaf)  # fmt: skip
+
+        params = trees.map_with_path(silent, PARAMS)
+        rows = prompts_NPD[only] if case == "per-layer" else prompts_NPD[: only + 1].sum(0)
+        found = layered(params, {"prompts": jnp.asarray(prompts_NPD)})
+        np.testing.assert_allclose(found, soft(params, {"prompt": jnp.asarray(rows)}), atol=2e-5)
+
+
+def test_a_prompt_without_slots_in_layers_has_its_place_in_a_bank():
+    bank = PromptBank([NoPrompt(), make("per-layer"), make("per-layer add")])
+    layers = bank(inputs_of(packed("per-layer"))).encoder_layers
+    assert layers is not None and layers.adds_Q.tolist() == [True, False, True]
+    assert layers.values.shape == (CONFIG.num_layers - 1, 3, 3, CONFIG.d_model)
+    assert not np.asarray(layers.values[:, 0]).any()
+
+
 def test_smop_draws_in_training_only():
     """Logits times (1 + e): another choice or share with a key, the same without."""
     batch, method = packed("smop"), make("smop")
@@ -417,7 +524,12 @@ WRONG = {
     "no place": ("p-tuning-v2", {"places": []}, "method.places is empty"),
     "std": ("p-tuning-v2", {"init_std": 0}, "method.init_std is 0"),
     "noise": ("smop", {"noise": -1}, "method.noise is -1"),
+    "temperature": ("attempt", {"temperature": 0}, "method.temperature is 0"),
     "another's option": ("soft", {"rank": 3}, "unknown key 'rank'"),
+    "pieces": ("xprompt", {"pieces": 0}, "method.pieces is 0"),
+    "no piece": ("xprompt", {"keep_pieces": 0}, "method.keep_pieces is 0"),
+    "no slot": ("xprompt", {"keep_tokens": 0.05}, "0.05 of method.length 6 leaves no slot"),
+    "mode": ("per-layer", {"mode": "both"}, "'mode' must be one of replace, add"),
     "encoder": ("p-tuning", {"encoder": "gru"}, "'encoder' must be one of mlp, lstm"),
     "mpt rank": ("mpt", {"rank": 5}, "method.rank 5 is larger than the prompt, method.length 4"),
     "task length": ("multitask", {"task_length": 2}, "method.combine 'add' has none: leave it out"),

@@ -18,8 +18,8 @@ from jaxprompt.metrics import (
     illegal_count,
     label_distribution,
     majority_baseline,
-    normalize_squad,
 )
+from jaxprompt.text_match import normalize_squad
 from jaxprompt.typing import UserError
 
 YES_NO = Extra(candidates=("no", "yes"), positive_label="yes")

@@ -36,7 +36,8 @@ def every_value(config: T5Config = CONFIG) -> PromptValues:
 
     def pair(layers: int) -> KeysValues:
         shape = (layers, PROMPTS, PREFIX, config.num_heads, config.d_kv)
-        return KeysValues(normal(*shape), normal(*shape))
+        before_text = config.per_layer_relative_bias  # of one family
+        return KeysValues(normal(*shape), normal(*shape), before_text=before_text)
 
     return PromptValues(
         encoder=normal(PROMPTS, SLOTS, config.d_model),

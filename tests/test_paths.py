@@ -16,9 +16,10 @@ from jaxprompt.t5.attention import attend, relative_bias, with_prefix
 from jaxprompt.t5.chunks import CHUNK, Chunked
 from jaxprompt.t5.config import ATTENTION_PATHS, Compute
 from jaxprompt.t5.paths import LONG, PACKED, PATHS, Plain, choose
+from jaxprompt.t5.rowwise import Rowwise
 from jaxprompt.t5.sight import NOBODY, Sight
 from jaxprompt.t5.windows import Windowed
-from jaxprompt.typing import Array
+from jaxprompt.typing import Array, UserError
 
 HEADS, KV, BUCKETS, PROMPTS, SLOTS = 2, 4, 8, 3, 2
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0], [1] * 6 + [2] * 5], np.int32)
@@ -35,13 +36,14 @@ class Case:
     biased: bool = True
     prefix: bool = False
     prefix_mask: bool = False
+    before_text: bool = False
 
     def sight(self) -> Sight:
         segments = jnp.asarray(SEGMENTS)
         sight = Sight(segments, segments, causal=self.causal, max_distance=12)
         if self.prefix:
             mask = jnp.asarray(SHORT_MASK) if self.prefix_mask else None
-            sight = sight.behind_prefix(SLOTS, jnp.asarray(PROMPT_INDEX), mask)
+            sight = sight.behind_prefix(SLOTS, jnp.asarray(PROMPT_INDEX), mask, self.before_text)
         return sight
 
 
@@ -50,9 +52,10 @@ CASES = {
     "decoder": Case(causal=True),
     "cross": Case(biased=False),
     "encoder with prefix": Case(prefix=True),
-    "decoder with prefix": Case(causal=True, prefix=True),
+    "decoder with prefix before the text": Case(causal=True, prefix=True, before_text=True),
     "cross with a bank of unequal prompts": Case(biased=False, prefix=True, prefix_mask=True),
 }
+ALIKE = {name: case for name, case in CASES.items() if not case.before_text}  # rows' biases
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -117,6 +120,26 @@ def test_windows_equal_the_plain_path(case: Case, size: int, widths: tuple[int, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
+@pytest.mark.parametrize("case", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)], ids="data, model {}".format)
+def test_rows_one_by_one_equal_the_plain_path(case: Case, mesh: tuple[int, int]):
+    """On a mesh each device goes through its own rows and heads."""
+    got = context_and_gradient(Rowwise(case.sight(), make_mesh(*mesh)), case)
+    want = context_and_gradient(Plain(case.sight()), case)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_rows_one_by_one_refuse_dropout():
+    with pytest.raises(UserError, match="rowwise has no dropout"):
+        context(
+            Rowwise(Case().sight()),
+            Case(),
+            arrays(),
+            dropout_rate=0.1,
+            dropout_key=jax.random.key(0),
+        )
+
+
 @given(
     rows=st.lists(
         st.tuples(st.lists(st.integers(1, 9), max_size=4), st.integers(0, 3)), min_size=1
@@ -174,10 +197,13 @@ def test_the_plain_path_is_attention_inside_each_segment(case: Case):
             if case.causal:
                 mask[0, :, len(slots) :] = np.tri(count, dtype=bool)
             if case.biased:
-                bias[:, :, len(slots) :] = relative_bias(
-                    jnp.asarray(given["table"]), jnp.asarray(own), jnp.asarray(own),
+                places = np.concatenate([slots - SLOTS + own[0], own])
+                bias[:] = relative_bias(
+                    jnp.asarray(given["table"]), jnp.asarray(own), jnp.asarray(places),
                     bidirectional=not case.causal, max_distance=12,
                 )  # fmt: skip
+                if not case.before_text:
+                    bias[:, :, : len(slots)] = 0
             query = given["query"][b, own][None]
             want = attend(query, keys[None], values[None], bias, jnp.asarray(mask))[0]
             np.testing.assert_allclose(got[b, own], want, atol=1e-5)
@@ -344,3 +370,21 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch):
     sight = Sight(jnp.zeros((1, 1024), int), jnp.zeros((1, 1024), int))
     spread = Compute(mesh=make_mesh(2, 1))
     assert type(choose(spread, sight, 4)) is not Windowed
+
+
+def test_rows_are_taken_one_by_one_where_their_scores_stay_in_fast_memory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sight = Sight(jnp.zeros((1, 512), int), jnp.zeros((1, 1024), int))
+
+    def chosen(heads: int, model: int = 1, has_dropout: bool = False) -> type:
+        compute = Compute(mesh=make_mesh(1, model))
+        return type(choose(compute, sight, 1, heads, has_dropout))
+
+    assert chosen(16) is Plain
+    monkeypatch.setattr(Compute, "platform", "tpu")
+    assert chosen(16) is Rowwise  # 16 x 512 x 1024 numbers of 4 bytes: 32 MiB
+    assert chosen(16, has_dropout=True) is Chunked
+    assert chosen(17) is Chunked
+    assert chosen(32) is Chunked
+    assert chosen(32, model=2) is Rowwise

@@ -71,7 +71,12 @@ def test_of_a_sweep_the_first_bank_is_planned(world: World, capsys: pytest.Captu
     assert single["shape"] == one["shape"]
 
 
-@pytest.mark.parametrize("overrides", [["mesh.data=1"], ["mesh.data=2"], ["tune=model"]])
+REGULARIZED = ["regularize.wayward=1", "regularize.wayward_text=good", "regularize.noise=1"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["mesh.data=1"], ["mesh.data=2", *REGULARIZED], ["tune=model"]]
+)
 def test_the_plan_compiles_the_step_that_training_compiles(
     overrides: list[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -318,7 +323,7 @@ def test_an_estimate_raises_what_it_does_not_know(world: World, monkeypatch: pyt
     topology = Topology("cpu:1", None, jax.devices()[:1])
 
     def fails(text: str) -> Any:
-        def compile(self: Any) -> Any:
+        def compile(self: Any, **options: Any) -> Any:
             raise jax.errors.JaxRuntimeError(text)
 
         return compile

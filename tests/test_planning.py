@@ -159,6 +159,7 @@ def test_the_roofline_by_hand():
     assert found.bound == "compute"
     assert found.seconds == pytest.approx((1.0, 3e9 / 1.5e9 + 75 / 100))
     assert found.examples_per_second == pytest.approx((32 / 2.75, 32.0))
+    assert found.share_of_peak == pytest.approx(180 / 197 / 2)  # 3e9 cycles take two seconds
     assert (
         verdict(found) == "fits: 8.00 of 16.00 GiB a chip; bound by compute; 11.6 - 32 examples/s"
     )

@@ -17,8 +17,9 @@ import tiny
 
 from benchmarks.common import Shapes, make_step, random_batch
 from jaxprompt.planning.flops import equations, matmul_flops, step_terms
+from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.config import REMAT_POLICIES, Compute, T5Config
-from jaxprompt.t5.remat import crosses_at_once
+from jaxprompt.t5.remat import BESIDE, KEPT, crosses_at_once, kept_bytes, settled
 
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=5, num_decoder_layers=3)
 SHAPES = Shapes(rows=2, tokens=6, slots=3, targets=4)
@@ -112,6 +113,34 @@ def test_only_what_activation_gradients_need_is_kept():
         assert got["decoder"] == LAYERS["decoder"] * (decoder * at_decoder + crossed), remat
         for stack, numbers in kept("none", "windowed").items():
             assert got[stack] < numbers, remat
+        if remat in KEPT:  # what "auto" reckons with, in float32
+            reckoned = kept_bytes(remat, Compute(), CONFIG, ROWS, ENCODER)
+            assert reckoned == 4 * (got["encoder"] + LAYERS["decoder"] * crossed)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_auto_keeps_most_of_what_fits(gated: bool):
+    config = dataclasses.replace(CONFIG, gated=gated)
+    mesh = make_mesh(2, 2)
+
+    def policy(room: float | None, **compute: Any) -> str:
+        auto = Compute("bfloat16", remat="auto", room=room, **compute)
+        return settled(auto, config, 8, 64).remat
+
+    assert policy(None) == "none"
+    assert policy(0) == "full"
+    needed = {
+        remat: BESIDE * kept_bytes(remat, Compute("bfloat16"), config, 8, 64) for remat in KEPT
+    }
+    for room in (*needed.values(), *(least - 1 for least in needed.values())):
+        fitting = [remat for remat, least in needed.items() if least <= room]
+        assert policy(room) == [*fitting, "full"][0]
+    whole = kept_bytes("frozen", Compute(mesh=mesh), config, 8, 64)
+    parts = kept_bytes("frozen", Compute(mesh=mesh, rows_over_model=True), config, 8, 64)
+    assert 2 * whole < kept_bytes("frozen", Compute(), config, 8, 64) == 4 * parts
+    odd = Compute(mesh=mesh, rows_over_model=True)
+    assert kept_bytes("frozen", odd, config, 6, 64) == whole * 6 / 8  # 6 rows do not divide by 4
+    assert settled(Compute(remat="full", room=1e9), config, 8, 64).remat == "full"
 
 
 @functools.cache
@@ -132,7 +161,7 @@ def assert_same(got: Any, want: Any) -> None:
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6), got, want)
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("remat", ["auto", *REMAT_POLICIES])
 def test_policies_change_no_result(remat: str):
     assert_same(step_result(remat), step_result("none"))
 

@@ -31,11 +31,11 @@ from jaxprompt import training as training_module
 from jaxprompt import trees
 from jaxprompt.artifact import load_artifact
 from jaxprompt.backbone import load_backbone
+from jaxprompt.borrowed import initial_values
 from jaxprompt.config import load_config
 from jaxprompt.data.tasks import Task
 from jaxprompt.loop import Loop
 from jaxprompt.train import TrainResult, train
-from jaxprompt.trainee import initial_values
 from jaxprompt.typing import UserError
 
 __all__ = ["compiled", "world"]  # fixtures

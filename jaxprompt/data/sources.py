@@ -7,7 +7,7 @@ line.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxprompt.data.readers import (
     TsvSource,
     file_suffix,
 )
+from jaxprompt.data.superglue import RESHAPERS
 from jaxprompt.typing import UserError
 
 PACKAGE = "package://"  # a path that begins so lies in the package's assets
@@ -46,6 +47,7 @@ class SourceConfig:
       rename: field -> the name that templates use; fields that are not there are passed over.
       explode: a path such as `passage.questions.answers`: every list on it becomes a row per
         element.
+      reshape: `record` or `wsc`: rows of that SuperGLUE task, made as T5 makes them.
     """
 
     kind: str = ""
@@ -57,6 +59,7 @@ class SourceConfig:
     columns: tuple[str, ...] = ()
     rename: dict[str, str] = dataclasses.field(default_factory=dict)
     explode: str = ""
+    reshape: Literal["", "record", "wsc"] = ""
 
 
 class Source(Protocol):
@@ -86,6 +89,8 @@ def open_source(config: SourceConfig, split: str) -> Source:
     source = _READERS[kind](config, split)
     if not len(source):
         raise UserError(f"{_describe(config, split)} has no rows")
+    if config.reshape:
+        source = _Remade(source, RESHAPERS[config.reshape], training=split == "train")
     if config.rename or config.explode:
         source = _Reshaped(source, config.rename, config.explode)
     return source
@@ -110,6 +115,29 @@ class _Records:
 
     def where(self, index: int) -> str:
         return f"{self._name} row {index}"
+
+
+class _Remade:
+    """A source whose rows a function makes anew, each into none, one or several."""
+
+    def __init__(self, source: Source, reshape: Callable[..., list[Fields]], *, training: bool):
+        self._source, self._reshape, self._training = source, reshape, training
+        self._places = [
+            (row, number) for row in range(len(source)) for number in range(len(self._rows(row)))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Fields:
+        row, number = self._places[index]
+        return self._rows(row)[number]
+
+    def where(self, index: int) -> str:
+        return self._source.where(self._places[index][0])
+
+    def _rows(self, row: int) -> list[Fields]:
+        return self._reshape(self._source[row], self._source.where(row), self._training)
 
 
 class _Reshaped:

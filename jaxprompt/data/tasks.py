@@ -14,7 +14,7 @@ from typing import Any
 from jaxprompt import schema
 from jaxprompt.data.readers import Fields
 from jaxprompt.data.sources import Source, SourceConfig, open_source
-from jaxprompt.data.templates import fill, hole_names, parse_template
+from jaxprompt.data.templates import fill, hole_names, lookup, parse_template
 from jaxprompt.typing import UserError
 
 
@@ -56,6 +56,9 @@ class TaskConfig:
       metrics: names from `metrics.METRICS`; empty = accuracy with candidates, else exact_match.
       positive_label: the candidate that F1 looks for.
       group: template of a key that says which rows are scored together (MultiRC: a question's).
+      references: the field that lists every answer that is right, for metrics of texts; empty = the
+        target alone.
+      init_words: what a prompt's `labels` init begins from where there are no candidates.
       replace: text -> replacement, carried out in every text field of a row, in this order.
       mixture: tasks to train on together, by name, in place of all the above but `name` and
         `description`; in a run's config also a list of listed tasks, or their rates.
@@ -71,6 +74,8 @@ class TaskConfig:
     metrics: tuple[str, ...] = ()
     positive_label: str = ""
     group: str = ""
+    references: str = ""
+    init_words: tuple[str, ...] = ()
     replace: dict[str, str] = dataclasses.field(default_factory=dict)
     mixture: dict[str, MixedTask] = dataclasses.field(default_factory=dict)
 
@@ -105,6 +110,7 @@ class Example:
       target: what is to be predicted, None where there is none (or none was asked for).
       label: the target's position among the task's candidates, -1 without candidates or target.
       group: which rows are scored together with this one, "" if none.
+      references: every right answer, where the task names a field of them.
       where: where the row stands.
     """
 
@@ -114,6 +120,7 @@ class Example:
     label: int = -1
     group: str = ""
     where: str = "input"
+    references: tuple[str, ...] = ()
 
     @classmethod
     def of_text(cls, text: str, where: str = "input") -> "Example":
@@ -156,7 +163,8 @@ class Task:
             return Example(fields, text, where=where)
         target = self._word(fill(self._target, fields, where).strip(), where)
         label = self.candidates.index(target) if self.candidates else -1
-        return Example(fields, text, target, label, fill(self._group, fields, where), where)
+        group = fill(self._group, fields, where)
+        return Example(fields, text, target, label, group, where, self._references(fields, where))
 
     @property
     def text_field(self) -> str:
@@ -171,6 +179,15 @@ class Task:
                 " give rows with these fields (JSONL, CSV or TSV) instead of plain text"
             )
         return names[0]
+
+    def _references(self, fields: Fields, where: str) -> tuple[str, ...]:
+        if not self.config.references:
+            return ()
+        name = self.config.references
+        listed = lookup(fields, name, where)
+        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+            raise UserError(f"{where}: field {name!r} should be a list of answers, not {listed!r}")
+        return tuple(listed)
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, str):

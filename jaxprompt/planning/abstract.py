@@ -15,13 +15,14 @@ from jaxprompt.compiled import CompiledStep
 from jaxprompt.config import RunConfig, step_options
 from jaxprompt.optim import make_optimizer
 from jaxprompt.planning.shapes import StepShape
-from jaxprompt.prompts import METHODS
+from jaxprompt.prompts import METHODS, slots_of
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.sharding import named_sharding, tree_shardings
 from jaxprompt.steps import TrainState, init_state
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params, param_specs
 from jaxprompt.t5.model import T5
+from jaxprompt.t5.remat import settled
 from jaxprompt.trainee import taken_apart, total_steps
 from jaxprompt.typing import ArrayTree, Batch
 
@@ -32,11 +33,13 @@ class AbstractStep:
 
     Attributes:
       mesh: of devices, which need not be here.
+      remat: the policy, also where the config leaves it to the step.
       traced: the program as JAX sees it: `.jaxpr`, and `.lower().compile()`.
       state, frozen, batch: shapes, types and places of what it is called with.
     """
 
     mesh: Mesh
+    remat: str
     traced: jax.stages.Traced
     state: TrainState
     frozen: ArrayTree
@@ -44,21 +47,36 @@ class AbstractStep:
 
 
 def abstract_step(
-    config: RunConfig, t5: T5Config, mesh: Mesh, shape: StepShape, prompts: int = 1
+    config: RunConfig,
+    t5: T5Config,
+    mesh: Mesh,
+    shape: StepShape,
+    prompts: int = 1,
+    memory: float | None = None,
 ) -> AbstractStep:
     """The step that `jaxprompt train` compiles for a config, on a mesh.
 
     Args:
       prompts: trained at once, all with this config.
+      memory: bytes of an accelerator that a program may use.
     Raises: UserError for sizes that do not divide over the mesh.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = functools.partial(_placed, everywhere)
-    compute = dataclasses.replace(config.backbone.compute(), mesh=mesh)
     params = _weights(config, t5, mesh)
+    room = None if memory is None or config.tune == "model" else memory - own_bytes(params)
+    compute = dataclasses.replace(config.compute(), mesh=mesh, room=room)
+    remat = settled(compute, t5, shape.rows // config.train.accumulate, shape.encoder).remat
     values = jax.tree.map(placed, _method_values(config, t5))
+    rows = (slots_of(config.method), t5.d_model)
+    teacher = placed(np.empty(rows, np.float32)) if config.distil.prompt else None
+    text = placed(jax.ShapeDtypeStruct(rows, jnp.float32)) if config.regularize.wayward else None
     graphdef, trained, frozen = taken_apart(
-        [config] * prompts, T5(t5, params, compute), [values] * prompts
+        [config] * prompts,
+        T5(t5, params, compute),
+        [values] * prompts,
+        [teacher] * prompts,
+        [text] * prompts,
     )
     optimizers = [make_optimizer(config.optim, total_steps(config, 0))] * prompts
     init = functools.partial(init_state, optimizers=optimizers, seeds=range(prompts))
@@ -66,7 +84,7 @@ def abstract_step(
     batch = _batch(mesh, shape)
     step = CompiledStep(graphdef, optimizers)
     traced = step.traced(step_options(config), state, frozen, batch)
-    return AbstractStep(mesh, traced, state, frozen, batch)
+    return AbstractStep(mesh, remat, traced, state, frozen, batch)
 
 
 def weights_on_a_device(config: RunConfig, t5: T5Config, mesh: Mesh) -> int:
@@ -103,6 +121,7 @@ def _method_values(config: RunConfig, t5: T5Config) -> Mapping[str, Any]:
         vocab_size=t5.vocab_size,
         rows=lambda ids: np.zeros((len(ids), t5.d_model), np.float32),
         encode=lambda text: [],
+        source=lambda path: np.zeros((config.method.length, t5.d_model), np.float32),
     )
     method = dataclasses.replace(config.method, init="uniform")
     return METHODS[method.name].initial(jax.random.key(0), method, context)

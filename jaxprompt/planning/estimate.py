@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxprompt.compiled import free_bytes
+from jaxprompt.compiled import compiler_options, free_bytes
 from jaxprompt.config import RunConfig
 from jaxprompt.planning.abstract import AbstractStep, abstract_step, own_bytes
 from jaxprompt.planning.chips import Topology
@@ -50,6 +50,9 @@ class Estimate:
       bounds: seconds that a step takes if "compute", "memory" or "exchanges" were all there is;
         empty without a chip's figures, as `seconds` is None.
       seconds: (at best, as the compiler sees it) of a step.
+      share_of_peak: the least FLOPs over what the chip could do in the cycles; exchanges and
+        kernels left out; None without an estimate of cycles.
+      remat: what the backward pass keeps, also where the config leaves it to the step.
     """
 
     topology: str
@@ -72,6 +75,8 @@ class Estimate:
     dearest: Sequence[tuple[str, int]] = ()
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seconds: tuple[float, float] | None = None
+    share_of_peak: float | None = None
+    remat: str = ""
 
     @property
     def bound(self) -> str:
@@ -104,7 +109,8 @@ def estimate(config: RunConfig, topology: Topology, prompts: int = 1) -> Estimat
             f"of the {len(devices)} devices of {topology.name}; mesh.data=-1 takes all"
         )
     shape = step_shape(config, t5, mesh.shape["data"], prompts)
-    step = abstract_step(config, t5, mesh, shape, prompts)
+    memory = None if topology.chip is None else topology.chip.memory
+    step = abstract_step(config, t5, mesh, shape, prompts, memory)
     return read_step(config, t5, topology, shape, step)
 
 
@@ -118,6 +124,7 @@ def read_step(
         "devices": count,
         **step.mesh.shape,
         "shape": shape,
+        "remat": step.remat,
         "weights": own_bytes(step.frozen),
         "state": own_bytes(step.state),
         "minimum": _minimum(config, t5, shape) / count,
@@ -126,7 +133,8 @@ def read_step(
     held = known["weights"] + known["state"]
     capacity = _capacity_here(topology) if chip is None else chip.memory
     try:
-        compiled = step.traced.lower().compile()
+        options = compiler_options(topology.devices[0])
+        compiled = step.traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -174,13 +182,16 @@ def timed(found: Estimate, topology: Topology) -> Estimate:
         "memory": found.traffic / chip.memory_rate,
         "exchanges": sent / (chip.link_rate * max(1, topology.links)),
     }
-    best = max(bounds.values())
+    best, share = max(bounds.values()), None
     if found.cycles and chip.cycles_per_second:
+        share = found.minimum / (chip.flops * found.cycles / chip.cycles_per_second)
         alone = sent / (chip.link_rate * max(1, len(topology.sides)))
         likely = found.cycles / chip.cycles_per_second + alone
     else:
         likely = 2 * sum(bounds.values())
-    return dataclasses.replace(found, bounds=bounds, seconds=(best, max(best, likely)))
+    return dataclasses.replace(
+        found, bounds=bounds, seconds=(best, max(best, likely)), share_of_peak=share
+    )
 
 
 def _sent(text: str, devices: int) -> dict[str, float]:

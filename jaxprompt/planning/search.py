@@ -46,15 +46,17 @@ def _mesh_models(topology: Topology) -> list[int]:
 
 
 # What is tried without being asked, by config key. `mesh.data` takes the devices that `mesh.model`
-# leaves; `train.accumulate` grows until a step fits; the last key's values are tried on the best.
+# leaves; `train.accumulate` grows until a step fits; keys that wait have their first value, and
+# their others are tried on the best.
 DIMENSIONS: dict[str, Callable[[Topology], Sequence[Any]]] = {
     "mesh.model": _mesh_models,
     "mesh.weights_over_data": lambda topology: (False, True),
     "backbone.remat": lambda topology: REMAT_POLICIES,
     "train.accumulate": lambda topology: (1, 2, 4, 8, 16, 32),
     "backbone.scan_unroll": lambda topology: (0, 2),
+    "mesh.rows_over_model": lambda topology: (topology.chip is not None, topology.chip is None),
 }
-_GROWS, _LAST = "train.accumulate", "backbone.scan_unroll"
+_GROWS, _WAIT = "train.accumulate", ("backbone.scan_unroll", "mesh.rows_over_model")
 _SMALLER: Settings = {"backbone.quantize": "int8"}  # changes results: tried where nothing else fits
 
 
@@ -108,10 +110,13 @@ def search(
             _shrink_until_it_fits(compiled, settings, values[_GROWS])
         if any(one.estimate.fits for one in tried) or _SMALLER.keys() & values.keys():
             break
-    best = _ranked(tried)[:1]
-    for value in values[_LAST][1:]:
-        if best and best[0].estimate.fits:
-            compiled({**best[0].settings, _LAST: value})
+    for key in _WAIT:
+        best = _ranked(tried)[:1]
+        for value in values[key][1:]:
+            if best and best[0].estimate.fits:
+                settings = {**best[0].settings, key: value}
+                if key != "mesh.rows_over_model" or best[0].estimate.model > 1:
+                    compiled(settings)
     return Found(_ranked(tried), skipped)
 
 
@@ -125,13 +130,13 @@ def overrides(settings: Mapping[str, Any]) -> list[str]:
 
 def _product(values: Mapping[str, Sequence[Any]]) -> Iterator[Settings]:
     """All settings but those of keys that wait, the mesh changing fastest, few exchanges first."""
-    keys = [key for key in values if key not in (_GROWS, _LAST)]
+    keys = [key for key in values if key not in (_GROWS, *_WAIT)]
     outer = [key for key in keys if not key.startswith("mesh.")]
     inner = [key for key in keys if key.startswith("mesh.")]
     for chosen in itertools.product(*(values[key] for key in [*outer, *inner])):
         settings = dict(zip([*outer, *inner], chosen, strict=True))
         settings = {key: settings[key] for key in keys}
-        yield {"mesh.data": -1, **settings, _LAST: values[_LAST][0]}
+        yield {"mesh.data": -1, **settings, **{key: values[key][0] for key in _WAIT}}
 
 
 def _hopeless(

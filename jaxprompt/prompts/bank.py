@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxprompt.prompts.base import MethodInputs, NoPrompt, PromptMethod
-from jaxprompt.typing import Array, ArrayTree, KeysValues, PromptValues, UserError
+from jaxprompt.typing import Array, ArrayTree, KeysValues, LayerSlots, PromptValues, UserError
 
 
 class PromptBank(PromptMethod):
@@ -37,6 +37,7 @@ class PromptBank(PromptMethod):
         counts = [_count(values) for values in all_values]
         return PromptValues(
             encoder=_joined([v.encoder for v in all_values], counts, axis=0),
+            encoder_layers=_joined_layers([v.encoder_layers for v in all_values], counts),
             decoder=_joined([v.decoder for v in all_values], counts, axis=0),
             encoder_self=_joined_keys([v.encoder_self for v in all_values], counts),
             decoder_self=_joined_keys([v.decoder_self for v in all_values], counts),
@@ -76,7 +77,9 @@ def _count(values: PromptValues) -> int:
     return max([1, *sizes, *(pair.keys.shape[1] for pair in pairs if pair is not None)])
 
 
-def _joined(parts: Sequence[Array | None], counts: Sequence[int], axis: int) -> Array | None:
+def _joined(
+    parts: Sequence[Array | None], counts: Sequence[int], axis: int, in_front: bool = False
+) -> Array | None:
     """Arrays [..., Q, P, ...] with Q on `axis`, one behind the other, shorter ones padded."""
     there = [part for part in parts if part is not None]
     if not there:
@@ -90,7 +93,7 @@ def _joined(parts: Sequence[Array | None], counts: Sequence[int], axis: int) -> 
             padded.append(jnp.zeros(shape, like.dtype))
             continue
         widths = [(0, 0)] * part.ndim
-        widths[axis + 1] = (0, slots - part.shape[axis + 1])
+        widths[axis + 1] = _padding(slots - part.shape[axis + 1], in_front)
         padded.append(jnp.pad(part, widths))
     return jnp.concatenate(padded, axis)
 
@@ -99,19 +102,43 @@ def _joined_keys(parts: Sequence[KeysValues | None], counts: Sequence[int]) -> K
     there = [part for part in parts if part is not None]
     if not there:
         return None
-    keys = _joined([part and part.keys for part in parts], counts, axis=1)
-    values = _joined([part and part.values for part in parts], counts, axis=1)
+    before_text = there[0].before_text
+    if any(part.before_text != before_text for part in there):
+        raise UserError(
+            "prompts whose keys stand before the text (method.before_text) and prompts whose keys "
+            "stand nowhere cannot share a bank; run them one by one"
+        )
+    keys = _joined([part and part.keys for part in parts], counts, 1, in_front=before_text)
+    values = _joined([part and part.values for part in parts], counts, 1, in_front=before_text)
     assert keys is not None and values is not None
     slots = keys.shape[2]
     lengths = [0 if part is None else part.keys.shape[2] for part in parts]
     masks = []
     for part, count, length in zip(parts, counts, lengths, strict=True):
-        mask = jnp.broadcast_to(jnp.arange(slots) < length, (count, slots))
+        padding = _padding(slots - length, before_text)
+        mask = jnp.ones((count, length), bool)
         if part is not None and part.mask_QP is not None:
-            mask &= jnp.pad(part.mask_QP, ((0, 0), (0, slots - length)))
+            mask = part.mask_QP
+        mask = jnp.pad(mask, ((0, 0), padding))
         masks.append(mask)
     even = min(lengths) == slots and all(part.mask_QP is None for part in there)
-    return KeysValues(keys, values, None if even else jnp.concatenate(masks))
+    return KeysValues(keys, values, None if even else jnp.concatenate(masks), before_text)
+
+
+def _padding(missing: int, in_front: bool) -> tuple[int, int]:
+    """Where a shorter prompt is padded: in front if its last slot is next to the text."""
+    return (missing, 0) if in_front else (0, missing)
+
+
+def _joined_layers(parts: Sequence[LayerSlots | None], counts: Sequence[int]) -> LayerSlots | None:
+    values = _joined([part and part.values for part in parts], counts, axis=1)
+    if values is None:
+        return None
+    adds = [
+        jnp.ones(count, bool) if part is None else part.adds_Q
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    return LayerSlots(values, jnp.concatenate(adds))
 
 
 def _own_delta(parts: Sequence[Array | None], inputs: MethodInputs) -> Array | None:

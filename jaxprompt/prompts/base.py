@@ -171,10 +171,13 @@ class MethodInfo:
       initial: (key, config, context) -> first values, float32; see `init.InitContext`.
       parameters: (config, sizes) -> number of trained scalars.
       fold: (values, config) -> a plain prompt; None = cannot be folded.
+      check: (values, config, sizes) -> raises UserError if the values do not fit the backbone; that
+        of embeddings of another width is not its matter.
       slots: config -> encoder slots that an example has.
       draws: config -> whether it draws in training.
       task_parts: names of values with a part for each of several tasks on their first axis; such a
         method's options have `tasks`, their names, and it folds where there is one.
+      sources: config -> artifacts of other prompts that it keeps the rows of.
     """
 
     formula: str
@@ -185,9 +188,11 @@ class MethodInfo:
     initial: Callable[..., dict[str, np.ndarray]]
     parameters: Callable[..., int]
     fold: Callable[..., Folded] | None = None
+    check: Callable[..., None] = lambda values, config, sizes: None
     slots: Callable[[MethodConfig], int] = lambda config: config.length
     draws: Callable[..., bool] = lambda config: False
     task_parts: tuple[str, ...] = ()
+    sources: Callable[..., tuple[str, ...]] = lambda config: ()
 
     @property
     def name(self) -> str:

@@ -27,6 +27,7 @@ class InitContext:
       candidates: label words of the task.
       load: path of an artifact or .npy -> float32 [P', D].
       artifact: path of an artifact of this backbone -> its method's options and its values.
+      source: path of a soft prompt of this backbone -> float32 [P', D].
     """
 
     sizes: Sizes
@@ -36,6 +37,7 @@ class InitContext:
     candidates: tuple[str, ...] = ()
     load: Callable[[str], np.ndarray] | None = None
     artifact: Callable[[str], tuple[Mapping[str, Any], Mapping[str, np.ndarray]]] | None = None
+    source: Callable[[str], np.ndarray] | None = None
 
 
 def initial_rows(key: Array, config: MethodConfig, context: InitContext) -> np.ndarray:

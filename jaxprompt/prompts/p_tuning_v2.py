@@ -16,6 +16,7 @@ from jaxprompt.prompts.base import (
     MethodInputs,
     PromptMethod,
     Sizes,
+    Values,
 )
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.typing import Array, KeysValues, PromptValues, UserError
@@ -30,12 +31,15 @@ class KeysValuesConfig(MethodConfig):
     Attributes:
       places: which attentions have them: "encoder", "decoder", "cross".
       init_std: of the normal distribution that first values are drawn from.
+      before_text: whether keys of self-attentions stand at the positions before the text and take
+        the relative bias there, as Hugging Face PEFT's do; else they stand nowhere.
     """
 
     name: str = "p-tuning-v2"
     length: int = 20
     places: tuple[str, ...] = ("encoder", "decoder", "cross")
     init_std: float = 0.02
+    before_text: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,12 +63,15 @@ class PTuningV2(PromptMethod):
             for place in self.config.places
             for keys, values in [names_of(place)]
         }
-        return prompt_values(pairs)
+        return prompt_values(pairs, self.config)
 
 
-def prompt_values(pairs: dict[str, tuple[Array, Array]]) -> PromptValues:
+def prompt_values(pairs: dict[str, tuple[Array, Array]], config: KeysValuesConfig) -> PromptValues:
     """Prompt values of keys and values [N, Q, P, H, K] by place."""
-    made: dict[str, Any] = {PLACES[place]: KeysValues(*pair) for place, pair in pairs.items()}
+    made: dict[str, Any] = {
+        PLACES[place]: KeysValues(*pair, before_text=config.before_text and place != "cross")
+        for place, pair in pairs.items()
+    }
     return PromptValues(**made)
 
 
@@ -94,6 +101,18 @@ def _parameters(config: KeysValuesConfig, sizes: Sizes) -> int:
     return sum(2 * layers_of(place, sizes) * config.length * width for place in config.places)
 
 
+def _check(values: Values, config: KeysValuesConfig, sizes: Sizes) -> None:
+    for place in config.places:
+        layers, _, heads, size = values[names_of(place)[0]].shape
+        want = (layers_of(place, sizes), sizes.num_heads, sizes.d_kv)
+        if (layers, heads, size) != want:
+            stack = "encoder" if place == "encoder" else "decoder"
+            raise UserError(
+                f"the prompt has keys for {layers} layers with {heads} heads of size {size}, the "
+                f"backbone's {stack} has {want[0]} with {want[1]} of {want[2]}"
+            )
+
+
 def no_slots(config: MethodConfig) -> int:
     """Keys and values stand in no row."""
     return 0
@@ -107,5 +126,6 @@ P_TUNING_V2 = MethodInfo(
     make=PTuningV2,
     initial=_initial,
     parameters=_parameters,
+    check=_check,
     slots=no_slots,
 )

@@ -57,7 +57,8 @@ class PrefixTuning(PromptMethod):
             {
                 place: (keys[:, None], values[:, None])
                 for place, (keys, values) in self.pairs().items()
-            }
+            },
+            self.config,
         )
 
     def pairs(self) -> dict[str, tuple[Array, Array]]:
@@ -107,7 +108,10 @@ def _fold(values: Values, config: PrefixConfig) -> Folded:
         for place, pair in pairs.items()
         for name, array in zip(names_of(place), pair, strict=True)
     }
-    return Folded(KeysValuesConfig(length=config.length, places=config.places), plain)
+    folded = KeysValuesConfig(
+        length=config.length, places=config.places, before_text=config.before_text
+    )
+    return Folded(folded, plain)
 
 
 PREFIX = MethodInfo(

@@ -1,4 +1,4 @@
-"""What methods read of an input: where its tokens stand, the mean of their embeddings."""
+"""What methods read of an input: where its tokens stand, mean and maximum of their embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ def mean_embeddings(inputs: MethodInputs) -> Array:
     belongs_BSG = jax.nn.one_hot(owner_BS - 1, segments, dtype=jnp.float32)
     sums_BGD = jnp.einsum("bsg,bsd->bgd", belongs_BSG, inputs.embeds_BSD.astype(jnp.float32))
     return sums_BGD / jnp.maximum(belongs_BSG.sum(1), 1)[..., None]
+
+
+def max_embeddings(inputs: MethodInputs) -> Array:
+    """Largest value of each segment's embeddings, by dimension, float32 [B, G, D]; 0 if empty."""
+    segments = inputs.prompt_index_BG.shape[1]
+    owner_BS = jnp.where(is_token(inputs), inputs.segments_BS, 0)
+    belongs_BSG = jax.nn.one_hot(owner_BS - 1, segments, dtype=bool)
+    lowest = jnp.finfo(jnp.float32).min
+    embeds_BSD = inputs.embeds_BSD.astype(jnp.float32)
+    # nothing of the size B S G D is kept: the comparison is part of the maximum's own loop
+    largest_BGD = jnp.where(belongs_BSG[..., None], embeds_BSD[:, :, None], lowest).max(1)
+    return jnp.where(belongs_BSG.any(1)[..., None], largest_BGD, 0.0)
 
 
 def each_segment(inputs: MethodInputs) -> Array:

@@ -28,6 +28,12 @@ class SoftPrompt(PromptMethod):
         return PromptValues(encoder=self["prompt"][None])
 
 
+class FixedPrompt(SoftPrompt):
+    """A soft prompt that is not trained: another one's teacher."""
+
+    constants = ("prompt",)
+
+
 class MadeRows(PromptMethod):
     """A prompt that is made of other arrays whatever the input; only its rows are kept."""
 
@@ -45,7 +51,7 @@ def folding(make: Callable[[Values, Any], MadeRows]) -> Callable[[Values, Method
 
     def fold(values: Values, config: MethodConfig) -> Folded:
         rows_PD = make(values, config).rows()
-        return Folded(MethodConfig(length=config.length), {"prompt": rows_PD})
+        return Folded(MethodConfig(length=len(rows_PD)), {"prompt": rows_PD})
 
     return fold
 

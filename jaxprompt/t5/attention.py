@@ -78,7 +78,7 @@ def attend(
     query_BTHK: Array,
     key_BSHK: Array,
     value_BSHK: Array,
-    bias_HTS: Array | None,
+    bias: Array | None,
     mask_BTS: Array,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -86,15 +86,15 @@ def attend(
     """Softmax attention without the 1/sqrt(K) of Vaswani et al. (T5 folds it into the weights).
 
     Args:
-      bias_HTS: float32 relative bias, or None (cross-attention has none).
+      bias: float32 relative bias [H, T, S] or [B, H, T, S], or None (cross-attention has none).
       mask_BTS: bool, True where a query may attend; scores and softmax are float32.
     Returns: [B, T, H, K] in the dtype of the values.
     """
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", query_BTHK, key_BSHK, preferred_element_type=jnp.float32
     )
-    if bias_HTS is not None:
-        scores_BHTS = scores_BHTS + bias_HTS[None]
+    if bias is not None:
+        scores_BHTS = scores_BHTS + (bias if bias.ndim == 4 else bias[None])
     scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, MASKED)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(value_BSHK.dtype)
     weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key)

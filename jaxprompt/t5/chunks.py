@@ -30,39 +30,44 @@ class Chunked:
         self.count = -(-queries // size)
         self.size = -(-queries // self.count)  # chunks of one size, with the least padding
 
-    def prepare(self, table_HR: Array | None) -> Array | None:
-        """A strip, [H, size, distances], column x at distance x - `_shift` from the first query."""
+    def prepare(self, table_HR: Array | None) -> tuple[Array, Array | None] | None:
+        """A strip and the bias of prefixes.
+
+        The strip is [H, size, distances], column x at distance x - `_shift` from the first query.
+        """
         if table_HR is None:
             return None
         own_keys = self.sight.key_segments_BS.shape[1] - self.sight.prefix
         distances_X = jnp.arange(own_keys + self._shift) - self._shift
-        return self.sight.own_bias(table_HR, jnp.arange(self.size), distances_X)
+        strip = self.sight.own_bias(table_HR, jnp.arange(self.size), distances_X)
+        return strip, self.sight.prefix_bias(table_HR)
 
     def __call__(
         self,
         query_BTHK: Array,
         key_BSHK: Array,
         value_BSHK: Array,
-        prepared: Array | None,
+        prepared: tuple[Array, Array | None] | None,
         dropout_rate: float = 0.0,
         dropout_key: Array | None = None,
     ) -> Array:
         """As `Path`; a chunk draws its dropout from the key folded with its first position."""
 
-        def chunk(arguments: tuple[Array, Array, Array]) -> Array:
-            first, query_BCHK, segments_BC = arguments
-            bias_HCS = None
+        def chunk(arguments: tuple) -> Array:
+            first, query_BCHK, segments_BC, places_BC = arguments
+            bias = None
             if prepared is not None:
+                strip, prefix_HTP = prepared
                 own_keys = key_BSHK.shape[1] - self.sight.prefix
-                bias_HCS = self.sight.before_prefix(
-                    jax.lax.dynamic_slice_in_dim(prepared, self._shift - first, own_keys, axis=2)
-                )
+                own = jax.lax.dynamic_slice_in_dim(strip, self._shift - first, own_keys, axis=2)
+                bias = self.sight.behind_bias(own, prefix_HTP, places_BC)
             mask_BCS = self.sight.mask(first, segments_BC)
             key = fold_key(dropout_key, first)
-            return attend(query_BCHK, key_BSHK, value_BSHK, bias_HCS, mask_BCS, dropout_rate, key)
+            return attend(query_BCHK, key_BSHK, value_BSHK, bias, mask_BCS, dropout_rate, key)
 
         first_C = jnp.arange(self.count) * self.size
-        chunks = (first_C, self._split(query_BTHK), self._split(self.sight.query_segments_BT))
+        queries = (query_BTHK, self.sight.query_segments_BT, self.sight.places())
+        chunks = (first_C, *jax.tree.map(self._split, queries))
         context_CBTHK = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), chunks)
         context_BTHK = jnp.moveaxis(context_CBTHK, 0, 1).reshape(
             query_BTHK.shape[0], self.count * self.size, *query_BTHK.shape[2:]

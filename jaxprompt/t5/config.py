@@ -12,7 +12,7 @@ from jaxprompt.typing import UserError
 MODEL_TYPES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 REMAT_POLICIES = ("none", "frozen", "frozen_mlp", "frozen_attention", "full", "dots")
-ATTENTION_PATHS = ("auto", "plain", "chunked", "windowed")
+ATTENTION_PATHS = ("auto", "plain", "chunked", "windowed", "rowwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +164,16 @@ class Compute:
         (compile time) and where a decoder generates.
       remat: what the backward pass recomputes: "none", "frozen" (no matmul by a weight: what the
         gradients of activations read is kept), "frozen_mlp" (kept is the MLP's part of that),
-        "frozen_attention" (attention's part), "full" (everything but layer inputs) or "dots"
-        (matmul results without batch dimensions are kept).
+        "frozen_attention" (attention's part), "full" (everything but layer inputs), "dots"
+        (matmul results without batch dimensions are kept) or "auto" (`t5.remat.settled`).
       attention: "plain" keeps the scores of whole rows, "chunked" those of some queries and
         computes them again in the backward pass, so that memory is linear in the row's length,
-        "windowed" those of some queries and only the keys that their segments span; "auto" takes
-        what suits the rows and the platform (`t5.paths.choose`).
+        "windowed" those of some queries and only the keys that their segments span, "rowwise" those
+        of one row; "auto" takes what suits the rows and the platform (`t5.paths.choose`).
       mesh: lays activations out over its devices, see `sharding.constrain`; None = they lie where
         the arguments lie.
+      room: bytes of a device that activations may take, for "auto"; None = unknown.
+      rows_over_model: between matmuls rows lie over the mesh's `model` too, see `spreading`.
     """
 
     dtype: str = "float32"
@@ -179,14 +181,16 @@ class Compute:
     remat: str = "none"
     attention: str = "auto"
     mesh: Mesh | None = None
+    room: float | None = None
+    rows_over_model: bool = False
 
     def __post_init__(self):
         if self.attention not in ATTENTION_PATHS:
             raise UserError(
                 f"attention {self.attention!r} is not one of {', '.join(ATTENTION_PATHS)}"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        if self.remat not in ("auto", *REMAT_POLICIES):
+            raise UserError(f"remat {self.remat!r} is not one of auto, {', '.join(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype {self.dtype!r} is not float32, bfloat16 or float16")
 

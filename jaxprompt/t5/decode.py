@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxprompt.t5.attention import relative_bias
 from jaxprompt.t5.config import Compute, T5Config
-from jaxprompt.t5.layers import place_slots, rms_norm
+from jaxprompt.t5.layers import rms_norm
 from jaxprompt.t5.model import (
     cross_projections,
     decoder_layer,
@@ -19,6 +19,7 @@ from jaxprompt.t5.model import (
     logits,
     self_projections,
 )
+from jaxprompt.t5.slots import SlotPlaces
 from jaxprompt.typing import Array, ArrayTree, Batch, KeysValues, PromptValues
 
 
@@ -31,23 +32,25 @@ class Cache:
       keys, values: [N, B, P+L, H, K], a trained prefix of P first, then up to L positions.
       prefix_mask_BP: bool, False at places that a row's prompt, shorter than P, does not have.
       position: int32 [], how many of the L are filled.
+      before_text: whether the prefix takes the relative bias of the P positions before the L.
     """
 
     keys: Array
     values: Array
     prefix_mask_BP: Array
     position: Array
+    before_text: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def repeated(self, times: int) -> "Cache":
         """Every row `times` times, one after another: [N, B*times, ...]."""
         keys, values = (jnp.repeat(x, times, axis=1) for x in (self.keys, self.values))
         mask_BP = jnp.repeat(self.prefix_mask_BP, times, axis=0)
-        return Cache(keys, values, mask_BP, self.position)
+        return dataclasses.replace(self, keys=keys, values=values, prefix_mask_BP=mask_BP)
 
     def reordered(self, rows_B: Array) -> "Cache":
         """Row b taken from row `rows_B[b]`, which is one of the same example."""
         keys, values = (x[:, rows_B] for x in (self.keys, self.values))
-        return Cache(keys, values, self.prefix_mask_BP, self.position)
+        return dataclasses.replace(self, keys=keys, values=values)
 
 
 @jax.tree_util.register_dataclass
@@ -115,9 +118,8 @@ def begin(
     )
     embeds_BTD = embed_tokens(params, batch.decoder_ids_BT, compute)
     if values.decoder is not None:
-        embeds_BTD = place_slots(
-            embeds_BTD, batch.decoder_slots_BT, batch.decoder_segments_BT, values.decoder, index_BG
-        )
+        places = SlotPlaces(batch.decoder_slots_BT, batch.decoder_segments_BT, index_BG)
+        embeds_BTD = places.fill(embeds_BTD, values.decoder)
     rows, length, _ = embeds_BTD.shape
     room = length + max_new_tokens
     cache = _empty_cache(config, rows, room, embeds_BTD.dtype, values.decoder_self, index_B)
@@ -162,6 +164,8 @@ def advance(
             bidirectional=False,
             max_distance=config.relative_attention_max_distance,
         )
+        if cache.before_text:
+            return bias_HTS
         return jnp.where((key_positions_S >= 0)[None, None], bias_HTS, 0.0)
 
     shared = (
@@ -190,7 +194,8 @@ def advance(
         unroll=min(compute.scan_unroll or 1, layers),
     )
     x_BD = rms_norm(stack["decoder_norm"]["scale"], x_BTD[:, -1], config.layer_norm_epsilon)
-    cache = Cache(keys, values, cache.prefix_mask_BP, cache.position + length)
+    position = cache.position + length
+    cache = dataclasses.replace(cache, keys=keys, values=values, position=position)
     return cache, logits(params, config, x_BD)
 
 
@@ -222,11 +227,11 @@ def _empty_cache(
     """A cache with a trained prefix and `room` positions to fill."""
     shape = (config.num_decoder_layers, rows, room, config.num_heads, config.d_kv)
     keys = values = jnp.zeros(shape, dtype)
-    mask_BP = jnp.zeros((rows, 0), bool)
+    mask_BP, before_text = jnp.zeros((rows, 0), bool), False
     if prefix is not None:
         keys, values = _behind(prefix, index_B, keys, values)
-        mask_BP = _mask(prefix, index_B)
-    return Cache(keys, values, mask_BP, jnp.zeros((), jnp.int32))
+        mask_BP, before_text = _mask(prefix, index_B), prefix.before_text
+    return Cache(keys, values, mask_BP, jnp.zeros((), jnp.int32), before_text)
 
 
 def _behind(prefix: KeysValues, index_B: Array, keys: Array, values: Array) -> tuple[Array, ...]:

@@ -234,26 +234,3 @@ def _gated_backward(activation: str, factors: tuple, gradient: Array) -> tuple[A
 
 
 gated.defvjp(_gated_forward, _gated_backward)
-
-
-def place_slots(
-    embeds_BSD: Array,
-    slots_BS: Array,
-    segments_BS: Array,
-    values_QPD: Array,
-    prompt_index_BG: Array,
-) -> Array:
-    """Puts prompt values where the layout wants slots: one gather, whatever the layout.
-
-    Args:
-      embeds_BSD: token embeddings.
-      slots_BS: slot index or -1 (a token stays).
-      segments_BS: segment ids; they pick the prompt through `prompt_index_BG`.
-      values_QPD: slot embeddings of Q prompts, any float dtype.
-    Returns: [B, S, D] in the dtype of `embeds_BSD`.
-    """
-    prompt_BS = jnp.take_along_axis(prompt_index_BG, jnp.maximum(segments_BS - 1, 0), axis=1)
-    prompts, slots, d_model = values_QPD.shape
-    row_BS = prompt_BS * slots + jnp.maximum(slots_BS, 0)
-    slot_BSD = values_QPD.astype(embeds_BSD.dtype).reshape(prompts * slots, d_model)[row_BS]
-    return jnp.where(slots_BS[..., None] >= 0, slot_BSD, embeds_BSD)

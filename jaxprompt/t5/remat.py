@@ -5,13 +5,14 @@ of attention nor the MLP's hidden units, which take up most of what JAX would ke
 what the gradients of activations do need (`keep`) and wraps its layers (`rematerialised`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxprompt.t5.config import Compute
+from jaxprompt.t5.config import Compute, T5Config
 from jaxprompt.typing import Array
 
 _ATTENTION = ("query", "key", "value")  # gradients of scores and of context, each by the other
@@ -23,6 +24,52 @@ KEPT = {
     "frozen_mlp": (*_NORMS, *_MLP),
     "frozen_attention": (*_NORMS, *_ATTENTION),
 }
+
+
+BESIDE = 1.5  # bytes that a step takes beside weights, over those it keeps: compiled for v5e, XXL
+
+
+def settled(compute: Compute, config: T5Config, rows: int, encoder: int) -> Compute:
+    """With a policy where `remat` is "auto": what keeps most of what fits `compute.room`.
+
+    That is the first of "frozen", "frozen_mlp", "frozen_attention" that fits, else "full"; "none"
+    where the room is unknown, as it is on CPU and where weights are trained.
+
+    Args:
+      rows, encoder: B and S of the batch, both of all devices together.
+    """
+    if compute.remat != "auto":
+        return compute
+    remat = "none"
+    if compute.room is not None:
+        fitting = [
+            policy
+            for policy in KEPT
+            if BESIDE * kept_bytes(policy, compute, config, rows, encoder) <= compute.room
+        ]
+        remat = fitting[0] if fitting else "full"
+    return dataclasses.replace(compute, remat=remat)
+
+
+def kept_bytes(policy: str, compute: Compute, config: T5Config, rows: int, encoder: int) -> float:
+    """Bytes of one device that a policy of `KEPT` leaves for the backward pass.
+
+    Of what the encoder's positions need; targets are few beside them.
+    """
+    data, model = (1, 1) if compute.mesh is None else compute.mesh.shape.values()
+    spread = model if compute.rows_over_model and rows % (data * model) == 0 else 1
+    heads = config.num_heads * config.d_kv
+    parts = dict.fromkeys(_ATTENTION, heads / model)
+    parts |= {name: config.d_ff / model for name in _MLP[1:] if config.gated}
+    parts |= {} if config.gated else {_MLP[0]: config.d_ff / model}
+    parts |= dict.fromkeys(_NORMS, config.d_model / spread)
+    numbers = config.num_layers * (
+        config.d_model / spread + sum(parts.get(name, 0) for name in KEPT[policy])
+    )
+    if "key" in KEPT[policy]:
+        numbers += config.num_decoder_layers * 2 * heads / model
+    size = 4 if compute.dtype == "float32" else 2
+    return rows * encoder / data * numbers * size
 
 
 def keep(x: Array, name: str) -> Array:

@@ -60,7 +60,7 @@ class Windowed(Chunked):
         query_BTHK: Array,
         key_BSHK: Array,
         value_BSHK: Array,
-        prepared: Array | None,
+        prepared: tuple[Array, Array | None] | None,
         dropout_rate: float = 0.0,
         dropout_key: Array | None = None,
     ) -> Array:
@@ -75,7 +75,7 @@ class Windowed(Chunked):
         )
         given = (self.windows, self.segments_NT, self.sight.key_segments_BS, seed)
         context_NTHK = self._attention(dropout_rate)(
-            self._chunks(query_BTHK), key_BSHK, value_BSHK, prepared, given
+            self._chunks(query_BTHK), key_BSHK, value_BSHK, prepared and prepared[0], given
         )
         context_CBTHK = context_NTHK.reshape(self.count, rows, *context_NTHK.shape[1:])
         context_BTHK = jnp.moveaxis(context_CBTHK, 0, 1).reshape(
@@ -108,29 +108,29 @@ class Windowed(Chunked):
         """The attention of chunks and what its backward pass does; arrays are all arguments."""
 
         def forward(
-            query_NTHK: Array, key: Array, value: Array, prepared: Array | None, given: tuple
+            query_NTHK: Array, key: Array, value: Array, strip: Array | None, given: tuple
         ) -> Array:
             def one(width: int, number: Array, context_NTHK: Array) -> Array:
                 place, look, attention = self._one(width, number, given, rate)
-                context = attention(query_NTHK[place], *look(key, value, prepared))
+                context = attention(query_NTHK[place], *look(key, value, strip))
                 return context_NTHK.at[place].set(context)
 
             return self._loops(one, given[0], jnp.zeros_like(query_NTHK, value.dtype))
 
         def backward(residuals: tuple, gradient_NTHK: Array | SymbolicZero) -> tuple:
-            query_NTHK, key, value, prepared, given, bias_trained = residuals
+            query_NTHK, key, value, strip, given, bias_trained = residuals
             if isinstance(gradient_NTHK, SymbolicZero):
                 gradient_NTHK = jnp.zeros_like(query_NTHK, value.dtype)
 
             def one(width: int, number: Array, sums: tuple) -> tuple:
                 queries, *wholes = sums
                 place, look, attention = self._one(width, number, given, rate)
-                seen, add = look(key, value, prepared), look.add
+                seen, add = look(key, value, strip), look.add
                 _, pull = jax.vjp(attention, query_NTHK[place], *seen)
                 query, *parts = pull(gradient_NTHK[place])
                 return queries.at[place].set(query), *add(wholes, parts)
 
-            trained = prepared if bias_trained is not None else None
+            trained = strip if bias_trained is not None else None
             zeros = jax.tree.map(jnp.zeros_like, (query_NTHK, key, value, trained))
             return *self._loops(one, given[0], zeros), None
 

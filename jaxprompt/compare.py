@@ -1,0 +1,263 @@
+"""`jaxprompt compare`: prompt methods on one task and backbone, several seeds each, in one table.
+
+Trains what is not trained yet, answers the test split with every prompt, then times all methods in
+turn.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.artifact import load_artifact
+from jaxprompt.backbone import Backbone, load_backbone
+from jaxprompt.compare_config import Comparison, load_comparison
+from jaxprompt.config import RunConfig
+from jaxprompt.data.pipeline import Asked, examples_of
+from jaxprompt.data.sources import Source, has_split
+from jaxprompt.data.tasks import Task
+from jaxprompt.evaluate import Evaluator
+from jaxprompt.files import write_file
+from jaxprompt.inference import put_on
+from jaxprompt.logging import METRICS_FILE, table
+from jaxprompt.plots import EVAL, SweepRow, write_sweep_plot
+from jaxprompt.prompts import METHODS
+from jaxprompt.sweep import sweep
+from jaxprompt.trainee import encoder_of, mean_of
+from jaxprompt.training import TrainResult
+
+NEARLY = 0.95  # of the best score: when a run is nearly there
+_TIMED_EXAMPLES, _ROUNDS = 256, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a method came to.
+
+    Attributes:
+      name: as the config calls it.
+      method: its `method.name`.
+      scores: of each seed's best prompt on the compared split, percent, but of those that diverged.
+      diverged: seeds whose numbers were not finite.
+      parameters: scalars trained for one prompt.
+      artifact_bytes: of the files a user keeps.
+      train_rate: training examples/s, all seeds together, evaluation left out.
+      predict_rate: examples/s that one prompt answers, the median of rounds that took turns.
+      nearly_steps: mean over seeds of the first evaluation at 95 % of the run's best validation
+        score.
+    """
+
+    name: str
+    method: str
+    scores: Sequence[float]
+    diverged: int
+    parameters: int
+    artifact_bytes: int
+    train_rate: float
+    predict_rate: float
+    nearly_steps: float | None
+
+    @property
+    def mean(self) -> float | None:
+        """Over seeds; None if all diverged."""
+        return statistics.fmean(self.scores) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison came to.
+
+    Attributes:
+      split: where scores come from: "test", or "validation" where the task has no test rows.
+      rows: the best mean first.
+      bare, majority: score of the bare backbone, and of the most frequent target.
+      picture: a sentence that says where it is.
+    """
+
+    split: str
+    rows: Sequence[Row]
+    bare: float
+    majority: float
+    picture: str
+
+
+def main(args: argparse.Namespace) -> None:
+    """The command: `jaxprompt compare CONFIG [key=value ...] [--only NAME] [--json]`."""
+    plan = load_comparison(args.config, args.overrides, args.only)
+    result = compare(plan)
+    if result is None:
+        again = shlex.join(["jaxprompt", "compare", args.config, *args.overrides])
+        print(f"\nstopped before the end; go on with:\n  {again}", file=sys.stderr)
+        return
+    if args.json:
+        for row in result.rows:
+            print(json.dumps(_told(row), ensure_ascii=False), flush=True)
+    print(_summary(plan, result), file=sys.stderr)
+
+
+def compare(plan: Comparison) -> ComparisonResult | None:
+    """Trains every method with every seed, resuming what is there, and measures them.
+
+    Each method's runs are a sweep in `output_dir/methods/NAME`; `compare.json` and
+    `plots/compare.png` tell of all.
+
+    Returns: None if a SIGTERM stopped it; the same call goes on.
+    Raises: UserError as `sweep.sweep`.
+    """
+    trained: dict[str, Sequence[TrainResult]] = {}
+    for number, (name, one) in enumerate(plan.sweeps.items(), 1):
+        print(f"\n{name} ({number} of {len(plan.sweeps)})", file=sys.stderr)
+        swept = sweep(one, all_may_diverge=True)
+        if not swept.finished:
+            return None
+        trained[name] = list(swept.results.values())
+    shared = plan.shared
+    split = "test" if has_split(shared.task.source, "test") else "validation"
+    backbone = load_backbone(
+        shared.backbone.name, revision=shared.backbone.revision,
+        compute=shared.backbone.compute(), quantize=shared.backbone.quantize,
+    )  # fmt: skip
+    source = Task(shared.task).open(split)
+    scores: dict[str, list[float]] = {name: [] for name in trained}
+    timed: dict[str, Callable[[], float]] = {}
+    for name, results in trained.items():
+        config = plan.sweeps[name].runs[0].config
+        for result in results:
+            if result.diverged:
+                continue
+            answer = _Answers(backbone, config, result.prompt)
+            scores[name].append(answer.score(source))
+            timed.setdefault(name, lambda answer=answer: answer.rate(source))
+    rates = _taking_turns(timed)
+    rows = []
+    for name, results in trained.items():
+        config = plan.sweeps[name].runs[0].config
+        steps = [step for result in results if (step := nearly_there(result)) is not None]
+        rows.append(Row(
+            name=name,
+            method=config.method.name,
+            scores=scores[name],
+            diverged=sum(result.diverged > 0 for result in results),
+            parameters=METHODS[config.method.name].parameters(config.method, backbone.config),
+            artifact_bytes=results[0].prompt_bytes,
+            train_rate=sum(result.examples_per_second for result in results),
+            predict_rate=rates.get(name, 0.0),
+            nearly_steps=statistics.fmean(steps) if steps else None,
+        ))  # fmt: skip
+    rows.sort(key=lambda row: -(row.mean if row.mean is not None else -1.0))
+    bare, majority = _Answers(backbone, shared, None).baselines(source)
+    told = {
+        "task": shared.task.name, "backbone": backbone.name, "split": split,
+        "examples": len(source), "bare": bare, "majority": majority,
+        "methods": [_told(row) for row in rows],
+    }  # fmt: skip
+    directory = Path(plan.output_dir)
+    write_file(directory / "compare.json", json.dumps(told, indent=1))
+    picture = write_sweep_plot(
+        directory / "plots" / "compare.png",
+        [SweepRow(row.name, row.scores, bare, majority) for row in rows],
+        title=f"{shared.task.name} on {Path(backbone.name).name}",
+        what=f"{split} score, %",
+    )
+    return ComparisonResult(split, rows, bare, majority, picture)
+
+
+def nearly_there(result: TrainResult) -> float | None:
+    """The step of a run's first evaluation at 95 % of its best validation score.
+
+    Returns: None for a run without one, or that diverged.
+    """
+    if result.diverged or not result.metrics:
+        return None
+    enough = NEARLY * result.score
+    for line in (result.output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        record: Mapping[str, float] = json.loads(line)
+        names = [f"{EVAL}{name}" for name in result.score_names]
+        if all(name in record for name in names) and mean_of(record, names) >= enough:
+            return record["step"]
+    return None
+
+
+class _Answers:
+    """One prompt, or the bare backbone, answering the compared task."""
+
+    def __init__(self, backbone: Backbone, config: RunConfig, prompt: Path | None):
+        task = Task(config.task)
+        artifact = None if prompt is None else load_artifact(prompt)
+        self._on = put_on(backbone, artifact)
+        encoder = encoder_of(config, task, backbone, bare=prompt is None)
+        self._evaluator = Evaluator(self._on.graphdef, [encoder])
+        self._task = task
+        self._names = [config.train.metric] if config.train.metric else task.metrics
+
+    def score(self, source: Source) -> float:
+        """What it scores there, percent."""
+        (result,) = self._evaluator.run(self._on.trained, self._on.frozen, source)
+        return mean_of(result.metrics, self._names)
+
+    def baselines(self, source: Source) -> tuple[float, float]:
+        """Its own score, and that of always giving the most frequent target."""
+        (result,) = self._evaluator.run(self._on.trained, self._on.frozen, source)
+        return mean_of(result.metrics, self._names), mean_of(result.majority, self._names)
+
+    def rate(self, source: Source) -> float:
+        """Examples/s, of the first ones there."""
+        examples = itertools.islice(examples_of(self._task, source), _TIMED_EXAMPLES)
+        asked = [Asked(example, 0) for example in examples]
+        start = time.perf_counter()
+        self._evaluator.run_asked(self._on.trained, self._on.frozen, asked)
+        return len(asked) / (time.perf_counter() - start)
+
+
+def _taking_turns(timed: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """The median rate of each over rounds in which all take a turn; a first round compiles."""
+    rounds = [{name: rate() for name, rate in timed.items()} for _ in range(_ROUNDS + 1)]
+    return {name: statistics.median(one[name] for one in rounds[1:]) for name in timed}
+
+
+def _told(row: Row) -> dict[str, Any]:
+    """JSON-ready."""
+    return {**dataclasses.asdict(row), "mean": row.mean, "stdev": row.deviation}
+
+
+def _summary(plan: Comparison, result: ComparisonResult) -> str:
+    rows: list[list[object]] = []
+    for row in result.rows:
+        seeds = f"{len(row.scores)}" + (f" (+{row.diverged} diverged)" if row.diverged else "")
+        rows.append([
+            row.name, "" if row.mean is None else row.mean,
+            "" if row.deviation is None else row.deviation, seeds, f"{row.parameters:,}",
+            f"{row.artifact_bytes:,}", f"{row.train_rate:.0f}", f"{row.predict_rate:.0f}",
+            "" if row.nearly_steps is None else f"{row.nearly_steps:.0f}",
+        ])  # fmt: skip
+    header = [
+        f"{result.split}, %", "mean", "std. dev.", "seeds", "trained", "bytes kept",
+        "train ex/s", "predict ex/s", f"steps to {NEARLY:.0%} of best",
+    ]  # fmt: skip
+    lines = [
+        "",
+        table(rows, header=header),
+        "",
+        f"bare backbone {result.bare:.1f}, most frequent target {result.majority:.1f}; "
+        f"{result.picture}",
+    ]
+    if result.split == "validation":
+        lines.append("the task has no test split: scores are of the split that picked the prompts")
+    found = [row for row in result.rows if row.scores]
+    if found:
+        best = plan.sweeps[found[0].name]
+        prompts = [shlex.quote(f"{run.config.output_dir}/best") for run in best.runs]
+        lines += ["", "next:", f"  jaxprompt evaluate {' '.join(prompts)}"]
+    return "\n".join(lines)
