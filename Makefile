@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format mini clean
@@ -17,8 +18,8 @@ setup: $(STAMP)  ## install into .venv (the other targets do it by themselves)
 quickstart: $(STAMP)  ## train a prompt on the demo set with the backbone in the package
 	@$(BIN)/jaxprompt train quickstart
 
-test: $(STAMP)  ## run all tests
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## run all tests, WORKERS files at a time (2; each takes up to 3 GiB)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: $(STAMP)  ## formatting, lint, types, structure
 	@$(BIN)/ruff format --check .
