@@ -98,7 +98,8 @@ def main(args: argparse.Namespace) -> None:
     plan = load_comparison(args.config, args.overrides, args.only)
     result = compare(plan)
     if result is None:
-        again = shlex.join(["jaxprompt", "compare", args.config, *args.overrides])
+        only = [word for name in args.only for word in ("--only", name)]
+        again = shlex.join(["jaxprompt", "compare", args.config, *args.overrides, *only])
         print(f"\nstopped before the end; go on with:\n  {again}", file=sys.stderr)
         return
     if args.json:

@@ -6,9 +6,7 @@ from pathlib import Path
 from jaxprompt.backbone import Backbone
 from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.members import Progress
-from jaxprompt.trainee import (
-    Trainee,
-)
+from jaxprompt.trainee import Trainee
 from jaxprompt.trees import count
 from jaxprompt.typing import ArrayTree
 

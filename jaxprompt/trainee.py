@@ -1,4 +1,4 @@
-"""One of what a run trains: its options, data and first values, and what is kept of it."""
+"""One of what a run trains: its options and data, and all of them taken apart for the step."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -63,6 +63,14 @@ class MethodConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"method.{name} is {getattr(self, name)}, it has to be at least 1")
 
+    def check_rank(self, rank: int) -> None:
+        """Raises: UserError if `method.rank` is not at least 1 and at most the prompt's length."""
+        self.check_positive("rank")
+        if rank > self.length:
+            raise UserError(
+                f"method.rank {rank} is larger than the prompt, method.length {self.length}"
+            )
+
 
 class Sizes(Protocol):
     """What a method may know of the backbone's architecture (a `T5Config` is one).

@@ -21,7 +21,7 @@ from jaxprompt.prompts.base import (
 )
 from jaxprompt.prompts.init import InitContext, factors, initial_rows, linear
 from jaxprompt.prompts.soft import MadeRows, folding
-from jaxprompt.typing import Array, UserError
+from jaxprompt.typing import Array
 
 ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
 
@@ -39,11 +39,7 @@ class DptConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("rank")
-        if self.rank > self.length:
-            raise UserError(
-                f"method.rank {self.rank} is larger than the prompt, method.length {self.length}"
-            )
+        self.check_rank(self.rank)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,11 +58,8 @@ class PtMoeConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("experts", "rank")
-        if self.rank > self.length:
-            raise UserError(
-                f"method.rank {self.rank} is larger than the prompt, method.length {self.length}"
-            )
+        self.check_positive("experts")
+        self.check_rank(self.rank)
 
 
 class SmopPrompt(PromptMethod):

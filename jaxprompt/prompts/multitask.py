@@ -117,11 +117,7 @@ class MptConfig(SharedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("rank")
-        if self.rank > self.length:
-            raise UserError(
-                f"method.rank {self.rank} is larger than the prompt, method.length {self.length}"
-            )
+        self.check_rank(self.rank)
 
 
 class TaskRows(PromptMethod):
