@@ -47,7 +47,7 @@ def make(directory: Path, gigabytes: float, dtype: str) -> T5Config:
     draw = np.random.default_rng(0)
 
     def random(weight: Weight) -> np.ndarray:
-        return draw.standard_normal(weight.shape, np.float32).astype(_dtype(dtype))
+        return weight.theirs(draw.standard_normal(weight.shape, np.float32)).astype(_dtype(dtype))
 
     (directory / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     tensors = {weight.name: random(weight) for weight in weight_table(config)}
@@ -88,7 +88,7 @@ def measured(work: Callable[[], object]) -> tuple[float, int]:
         while not done.wait(0.005):
             peak = max(peak, _own_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
     held = work()
@@ -125,7 +125,7 @@ def one_side(side: str, directory: Path, dtype: str) -> None:
 def _run(side: str, directory: Path, dtype: str) -> tuple[float, int]:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load", "--one-side", side, str(directory), dtype],
-        check=True, capture_output=True, text=True,
+        check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     seconds, held = done.stdout.split()
     return float(seconds), int(held)

@@ -59,13 +59,22 @@ def state(new: str | None = None) -> str:
 
 def lose_workers() -> None:
     """What runs on the workers is killed, what is on their disks gone."""
+    while kill_workers():  # one that was just starting another is not alone
+        time.sleep(0.01)
+    shutil.rmtree(HOMES, ignore_errors=True)
+
+
+def kill_workers() -> bool:
+    """Whether anything still ran on the workers."""
+    found = False
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if MARK.encode() in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
+                found = True
         except OSError:
             continue
-    shutil.rmtree(HOMES, ignore_errors=True)
+    return found
 
 
 def create(words: list[str]) -> int:
@@ -141,10 +150,17 @@ def storage(words: list[str]) -> int:
     source, target = places
     if verb == "cp":
         content = sys.stdin.buffer.read() if source == "-" else local(source).read_bytes()
-        local(target).parent.mkdir(parents=True, exist_ok=True)
-        local(target).write_bytes(content)
+        put(local(target), content)
         return 0
     return rsync(local(source), local(target), words)
+
+
+def put(target: Path, content: bytes) -> None:
+    """An object is there whole or not at all, also when the worker that copies it is killed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = HERE / f"part-{os.getpid()}"
+    part.write_bytes(content)
+    part.replace(target)
 
 
 def rsync(source: Path, target: Path, words: list[str]) -> int:
@@ -158,8 +174,7 @@ def rsync(source: Path, target: Path, words: list[str]) -> int:
         return {name for name in found if not any(re.match(p, name) for p in patterns)}
 
     for name in files(source):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / name, target / name)
+        put(target / name, (source / name).read_bytes())
     if "--delete-unmatched-destination-objects" in words:
         for name in files(target) - files(source):
             (target / name).unlink()
