@@ -9,6 +9,7 @@ import argparse
 import time
 
 from benchmarks.common import SIZES, machine, peak_bytes, table
+from jaxprompt.compiled import compiler_options
 from jaxprompt.config import load_config
 from jaxprompt.planning.abstract import abstract_step
 from jaxprompt.planning.chips import open_topologies
@@ -36,11 +37,13 @@ def main() -> None:
             t5 = planned_config(config.backbone.name, config.backbone.revision)
             start = time.perf_counter()
             mesh = make_mesh(config.mesh.data, config.mesh.model, topology.devices)
-            step = abstract_step(config, t5, mesh, step_shape(config, t5, mesh.shape["data"]))
+            shape = step_shape(config, t5, mesh.shape["data"])
+            memory = None if topology.chip is None else topology.chip.memory
+            step = abstract_step(config, t5, mesh, shape, 1, memory)
             traced = time.perf_counter()
             lowered = step.traced.lower()
             compiling = time.perf_counter()
-            lowered.compile()
+            lowered.compile(compiler_options=compiler_options(topology.devices[0]))
             done = time.perf_counter()
             rows.append([
                 topology.name, size, f"{traced - start:.1f} s", f"{compiling - traced:.1f} s",

@@ -146,9 +146,10 @@ def test_a_comparison_is_no_run_and_names_are_checked(config: Path):
         load_comparison(config, [], ["prefix"])
 
 
-def test_the_comparison_that_ships_reads():
-    plan = load_comparison("compare", ["compare.seeds=[4]"])
-    assert {run.config.method.name for one in plan.sweeps.values() for run in one.runs} <= set(
-        METHODS
-    )
+@pytest.mark.parametrize("name", ["compare", "mini/compare-sst2", "mini/compare-e2e"])
+def test_the_comparisons_that_ship_read(name: str):
+    plan = load_comparison(name, ["compare.seeds=[4]"])
     assert all(one.runs[0].config.seed == 4 for one in plan.sweeps.values())
+    compared = {run.config.method.name for one in plan.sweeps.values() for run in one.runs}
+    others = {"attempt", "mpt", "multitask"}  # want prompts of other tasks
+    assert compared == METHODS.keys() - others if "mini" in name else compared < METHODS.keys()

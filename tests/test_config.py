@@ -41,7 +41,8 @@ def kind_of(name: str) -> type:
 
 
 SWEEPS = {"sweep": 6} | {f"paper/{size}": 24 for size in ("small", "base", "large", "xl", "xxl")}
-SEVERAL = {*SWEEPS, "compare"}  # tests/test_compare.py reads the latter
+COMPARISONS = ("compare", "mini/compare-sst2", "mini/compare-e2e")  # test_compare.py reads them
+SEVERAL = {*SWEEPS, *COMPARISONS}
 SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SEVERAL]
 
 
