@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import jax
 import pytest
+from cloud import Cloud
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # LLVM's only; halves compile times
@@ -38,3 +40,11 @@ def fresh_programs() -> Iterator[None]:
     """A file's compiled programs go with it: their pieces of the memory map are counted."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    """A stand-in for Google's cloud; whatever runs on its machines ends with the test."""
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.end()

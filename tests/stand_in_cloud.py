@@ -1,4 +1,4 @@
-"""Stands in for gcloud, xpk, kubectl, and for uv and Python on a worker (test_tpu_scripts.py).
+"""Stands in for gcloud, xpk, kubectl, and for uv and Python on a worker (cloud.py).
 
 Called with the name of what it stands in for. Every call is a line of `calls.jsonl`; buckets and
 the workers' homes are directories; `ssh` really runs its command in them. `plan.json` says what
