@@ -71,7 +71,7 @@ def test_every_tensor_is_quantised_as_a_whole_one_is(
 ):
     """Whatever the blocks of the host are, and whether a device takes them over or copies them."""
     if not taken_over:
-        monkeypatch.setattr(placing, "_taken_over", lambda dtype, device: False)
+        monkeypatch.setattr(placing, "_taken_over", lambda dtype, platform: False)
     params = make_params(config)
     save_hf(tmp_path / "hf", params, config)
     write_t5x(tmp_path / "t5x", t5x_tree(params))
@@ -122,7 +122,7 @@ def test_the_host_holds_one_tensor(kind: str, tmp_path: Path, monkeypatch: pytes
     """Less than that: codes, and a block of it as floats. Never a float copy of it."""
     monkeypatch.setattr(quantize, "GROUP", 128)
     monkeypatch.setattr("jaxprompt.t5.quantized._BLOCK_BYTES", 2**18)
-    monkeypatch.setattr(placing, "_taken_over", lambda dtype, device: False)
+    monkeypatch.setattr(placing, "_taken_over", lambda dtype, platform: False)
     big = T5Config(vocab_size=64, d_model=256, d_kv=64, num_heads=2, d_ff=4096, num_layers=2,
                    num_decoder_layers=2)  # fmt: skip
     save_hf(tmp_path / "float", make_params(big), big)

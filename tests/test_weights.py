@@ -208,13 +208,13 @@ def test_values_are_cast_to_the_dtype_asked_for(writer: str, stored: Any, tmp_pa
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a device makes of the host's arrays: a CPU takes them over, any other copies them."""
     if request.param == "copied":
-        monkeypatch.setattr(placing, "_taken_over", lambda dtype, device: False)
+        monkeypatch.setattr(placing, "_taken_over", lambda dtype, platform: False)
     return request.param
 
 
 @pytest.mark.parametrize("host_bytes", [1, 100, 500, 10**9])
 def test_block_by_block_gives_the_same(host_bytes: int, tmp_path: Path, monkeypatch: Any):
-    monkeypatch.setattr(placing, "_taken_over", lambda dtype, device: False)
+    monkeypatch.setattr(placing, "_taken_over", lambda dtype, platform: False)
     state = _state(CONFIG)
     directory = _save(tmp_path, state)
     _assert_tree(load_params(directory, CONFIG, host_bytes=host_bytes), _oracle(state, CONFIG))

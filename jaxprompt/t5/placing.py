@@ -104,7 +104,7 @@ def _built(
         shape = tuple(high - low for low, high in spans)
         row_bytes = math.prod(shape[1:]) * leaf.dtype.itemsize
         rows = min(max(1, host_bytes // max(1, row_bytes)), stop - start)
-        if _taken_over(leaf.dtype, devices[0]):
+        if _taken_over(leaf.dtype, devices[0].platform):
             rows = stop - start
         whole = rows == stop - start
         zeros = functools.partial(jnp.zeros, shape, leaf.dtype)
@@ -125,9 +125,9 @@ def _built(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
-def _taken_over(dtype: np.dtype, device: jax.Device) -> bool:
+def _taken_over(dtype: np.dtype, platform: str) -> bool:
     """Whether `device_put` makes a host's array the device's: on CPU, but for packed numbers."""
-    return device.platform == "cpu" and dtype != jnp.int4
+    return platform == "cpu" and dtype != jnp.int4
 
 
 @functools.partial(jax.jit, donate_argnums=0)
