@@ -5,7 +5,8 @@ python -m benchmarks.load --gigabytes 2
 Generates a T5 1.1 of that size as safetensors, then in turns reads the file's bytes and loads it,
 each in a process of its own and with the file dropped from the system's cache before. Memory is
 what the process holds of its own (on CPU the loaded arrays too), pages of the file not counted,
-above what it held once everything was imported.
+above what it held once everything was imported; more than the result, it is told in largest tensors
+of the dtype that is loaded (of what is quantised: of the dtype that is stored).
 """
 
 import argparse
@@ -27,6 +28,7 @@ import numpy as np
 
 from benchmarks.common import machine, size_config, table
 from jaxprompt import trees
+from jaxprompt.quantize import KINDS
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.weight_names import Weight, weight_table
@@ -88,15 +90,17 @@ def measured(work: Callable[[], object]) -> tuple[float, int]:
         while not done.wait(0.005):
             peak = max(peak, _own_bytes())
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
-    held = work()
-    seconds = time.perf_counter() - start
-    peak = max(peak, _own_bytes())
-    done.set()
-    watcher.join()
-    del held
+    try:
+        start = time.perf_counter()
+        held = work()
+        seconds = time.perf_counter() - start
+        peak = max(peak, _own_bytes())
+        del held
+    finally:
+        done.set()
+        watcher.join()
     return seconds, peak - before
 
 
@@ -108,7 +112,7 @@ def _own_bytes() -> int:
 
 
 def one_side(side: str, directory: Path, dtype: str) -> None:
-    """Reads or loads once and prints seconds and bytes."""
+    """Reads or loads once and prints seconds and bytes; dtype may be a kind of quantisation."""
     config = T5Config.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     path = directory / "model.safetensors"
     jax.block_until_ready(jax.device_put(np.zeros(1)))
@@ -117,9 +121,16 @@ def one_side(side: str, directory: Path, dtype: str) -> None:
         result = measured(lambda: read(path))
     else:
         result = measured(
-            lambda: jax.block_until_ready(load_params(directory, config, dtype=dtype))
+            lambda: jax.block_until_ready(load_params(directory, config, **_options(dtype)))
         )
     print(*result)
+
+
+def _options(loaded_as: str) -> dict[str, str]:
+    """What `load_params` and `abstract_params` call it."""
+    if loaded_as in KINDS:
+        return {"dtype": "float32", "quantize": loaded_as}
+    return {"dtype": loaded_as, "quantize": "none"}
 
 
 def _run(side: str, directory: Path, dtype: str) -> tuple[float, int]:
@@ -138,7 +149,9 @@ def main() -> None:
     )
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="loaded as")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="loaded as; int8 or int4 too"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--place", help="directory for the file (the system's temporary one)")
     parser.add_argument("--one-side", nargs=3, help=argparse.SUPPRESS)
@@ -166,11 +179,12 @@ def main() -> None:
             ]
             raw, loaded = (statistics.median(turn[side][0] for turn in turns) for side in (0, 1))
             peak = max(turn[1][1] for turn in turns)
-            result = trees.size_in_bytes(abstract_params(config, dtype))
+            result = trees.size_in_bytes(abstract_params(config, **_options(dtype)))
+            itemsize = _dtype(args.stored if dtype in KINDS else dtype).itemsize
             rows.append([
                 dtype, f"{size / GB / loaded:.2f}", f"{size / GB / raw:.2f}", f"{raw / loaded:.2f}",
                 f"{peak / GIB:.2f}", f"{result / GIB:.2f}",
-                f"{(peak - result) / (largest * _dtype(dtype).itemsize):.2f}",
+                f"{(peak - result) / (largest * itemsize):.2f}",
             ])  # fmt: skip
     head = [
         "loaded as", "GB/s of the file", "raw read GB/s", "loading / reading", "peak GiB",

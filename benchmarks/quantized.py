@@ -1,7 +1,9 @@
 """What int8 and int4 weights cost and save: bytes, loading, quantising while loading, a step.
 
 python -m benchmarks.quantized --size base --steps 5
-Random weights of a T5 1.1 are written as float32, converted, and loaded in turns.
+python -m benchmarks.quantized --losses
+Random weights of a T5 1.1 are written as float32, converted, and loaded in turns. `--losses`: what
+quantising does to the packaged backbone instead, without a prompt, on texts of the demo set.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxprompt as jp
 from benchmarks.common import (
     REST,
     SIZES,
@@ -29,6 +32,7 @@ from benchmarks.common import (
     spread,
     table,
 )
+from jaxprompt.data.tasks import load_task
 from jaxprompt.t5.backbones import fingerprint
 from jaxprompt.t5.config import Compute
 from jaxprompt.t5.layers import init_params
@@ -43,6 +47,36 @@ WAYS = [
     ("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("int8", "int8"),
     ("float32", "int4"), ("int4", "int4"),
 ]  # fmt: skip
+LOSS_WAYS = [
+    ("none", "float32"), ("none", "bfloat16"), ("int8", "float32"), ("int8", "bfloat16"),
+    ("int4", "float32"),
+]  # fmt: skip
+ANSWERS = ["review", "support", "positive", "negative"]
+EVERY = 4  # of the test split
+
+
+def losses() -> str:
+    """A table: mean negative log-likelihood of `ANSWERS` to demo texts, by weights and activations.
+
+    Nats are per answer; the same best answer: of the four, as in float32.
+    """
+    source = load_task("demo-kind").open("test")
+    texts = [source[number]["text"] for number in range(0, len(source), EVERY)]
+    scores_BC = {}
+    for kind, dtype in LOSS_WAYS:
+        backbone = jp.load_backbone("jaxprompt-mini", dtype=dtype, quantize=kind)
+        scores_BC[kind, dtype] = np.asarray(jp.score(backbone, None, texts, ANSWERS))
+    exact = scores_BC[LOSS_WAYS[0]]
+    rows = []
+    for (kind, dtype), scores in scores_BC.items():
+        change = scores.mean() / exact.mean() - 1
+        same = np.mean(scores.argmax(1) == exact.argmax(1))
+        rows.append([
+            dtype if kind == "none" else kind, dtype, f"{-scores.mean():.4f}", f"{change:+.3%}",
+            f"{same:.0%}",
+        ])  # fmt: skip
+    print(f"{len(texts)} texts, {len(ANSWERS)} answers each")
+    return table(["weights", "activations", "nats", "against float32", "same best answer"], rows)
 
 
 def write_all(root: Path, size: str) -> dict[str, float]:
@@ -79,7 +113,12 @@ def main() -> None:
     parser.add_argument("--loads", type=int, default=3, help="of each, in turns, after one more")
     parser.add_argument("--steps", type=int, default=5, help="of each, in turns, after one more")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--losses", action="store_true", help="of jaxprompt-mini, nothing timed")
     args = parser.parse_args()
+    if args.losses:
+        print(machine())
+        print(losses())
+        return
     config, compute = size_config(args.size), Compute(args.dtype)
     print(machine())
     with tempfile.TemporaryDirectory() as directory:

@@ -4,10 +4,16 @@ Every reader of a weights format returns StoredTensors. Only this file touches s
 """
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,8 @@ _DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MAX_HEADER_BYTES = 100_000_000
+_AHEAD = 128 * 2**20  # bytes that are read before they are asked for
+_TOUCHED = 8 * 2**20  # bytes in one go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +49,68 @@ class StoredTensor:
       shape: as stored.
       dtype: as stored.
       read: gives the array; memory-mapped where the format allows, else a fresh copy.
+      mapped: the bytes of the memory map that it is a view of, uint8 [size]; None if it is none.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    mapped: np.ndarray | None = None
 
     @classmethod
     def of(cls, array: np.ndarray) -> "StoredTensor":
         """Wraps an array (usually a view of a memory map)."""
-        return cls(tuple(array.shape), array.dtype, lambda: array)
+        mapped = array.reshape(-1).view(np.uint8) if array.flags.c_contiguous else None
+        return cls(tuple(array.shape), array.dtype, lambda: array, mapped)
 
     def transposed(self) -> "StoredTensor":
         """The same tensor with its axes reversed."""
-        return StoredTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
+        return StoredTensor(self.shape[::-1], self.dtype, lambda: self.read().T, self.mapped)
+
+    def noticed(self, notice: Callable[[], None]) -> "StoredTensor":
+        """The same tensor; `notice` is called whenever it is read, before."""
+
+        def read() -> np.ndarray:
+            notice()
+            return self.read()
+
+        return dataclasses.replace(self, read=read)
+
+
+@contextlib.contextmanager
+def reading_ahead(tensors: Sequence[StoredTensor]) -> Iterator[list[StoredTensor]]:
+    """The same tensors, to be read in this order: the disk goes on while one is worked on.
+
+    A thread touches the pages of the next ones, at least of one and no further ahead than `_AHEAD`,
+    so that the system reads them; it holds no copy.
+    """
+    sizes = [0 if tensor.mapped is None else tensor.mapped.nbytes for tensor in tensors]
+    starts = [0, *itertools.accumulate(sizes)]
+    asked, stop = 0, threading.Event()
+
+    def notice(number: int) -> None:
+        nonlocal asked
+        asked = max(asked, number + 1)
+        while asked < len(tensors) and starts[asked] - starts[number + 1] < _AHEAD:
+            if (mapped := tensors[asked].mapped) is not None:
+                pool.submit(_touch, mapped, stop)
+            asked += 1
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            yield [
+                tensor.noticed(functools.partial(notice, number))
+                for number, tensor in enumerate(tensors)
+            ]
+        finally:
+            stop.set()
+
+
+def _touch(mapped: np.ndarray, stop: threading.Event) -> None:
+    """Reads a byte of every page; not in one go, so that it can be stopped."""
+    for first in range(0, len(mapped), _TOUCHED):
+        if not stop.is_set():
+            mapped[first : first + _TOUCHED : mmap.PAGESIZE].max()
 
 
 def map_bytes(path: Path) -> np.memmap:

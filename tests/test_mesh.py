@@ -93,6 +93,15 @@ def test_weights_divided_over_data_train_the_same(
         assert leaf.addressable_shards[0].data.size * parts == leaf.size, path
 
 
+def test_int8_weights_on_a_mesh_train_what_they_train_on_one_device(world: World, tmp_path: Path):
+    """Codes and scales divided over `model`, then over `data` too."""
+    int8 = ["backbone.quantize=int8", "sweep={seed: [0, 1, 2, 3]}"]
+    on_one = run(world, tmp_path / "one", 1, 1, *int8)
+    assert_same(run(world, tmp_path / "model", 2, 2, *int8), on_one)
+    over = "mesh.weights_over_data=true"
+    assert_same(run(world, tmp_path / "both", 2, 2, *int8, over), on_one)
+
+
 @pytest.mark.parametrize("model", [2, 4])
 def test_rows_divided_over_model_train_the_same(
     world: World, on_one: Path, tmp_path: Path, model: int

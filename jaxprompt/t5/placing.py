@@ -1,4 +1,7 @@
-"""Stored tensors onto devices, a block of rows at a time; called by `t5.weights.load_params`."""
+"""Stored tensors onto devices, a block of rows at a time; called by `t5.weights.load_params`.
+
+On CPU the devices' memory is the host's: an array is filled where it stays.
+"""
 
 import collections
 import functools
@@ -12,6 +15,7 @@ import numpy as np
 
 from jaxprompt.quantize import is_quantized, make
 from jaxprompt.sharding import put_whole, read_sharding
+from jaxprompt.t5.copying import copy_into, empty
 from jaxprompt.t5.quantized import Coded, Index
 from jaxprompt.t5.weight_names import Layout, Weight
 from jaxprompt.tensorfile import StoredTensor
@@ -43,10 +47,11 @@ def place(sources: Sources, layout: Layout, leaf: Any, sharding: Any, host_bytes
 def _filler(sources: Sources, layout: Layout) -> Filler:
     """A function that writes one part of a parameter into a block, cast to the block's dtype."""
 
-    def part_of(weight: Weight, stored: StoredTensor) -> Callable[[Index], np.ndarray]:
+    def part_of(weight: Weight, stored: StoredTensor) -> Filler:
         if weight.layer is None:
-            return weight.ours(stored.read(), layout).__getitem__
-        return lambda index: weight.ours(stored.read(), layout)[index]
+            values = weight.ours(stored.read(), layout)
+            return lambda block, index: copy_into(block, values[index])
+        return lambda block, index: copy_into(block, weight.ours(stored.read(), layout)[index])
 
     return _stacked([part_of(*source) for source in sources], sources[0][0])
 
@@ -57,21 +62,21 @@ def _coded_fillers(sources: Sources, layout: Layout, leaf: Any) -> tuple[Filler,
     shape = leaf.scale.shape[leaf.ndim - len(first.shape) :]
     coded = [Coded(weight, stored, layout, leaf.qtype, shape) for weight, stored in sources]
     return (
-        _stacked([one.codes for one in coded], first),
-        _stacked([one.scale for one in coded], first),
+        _stacked([one.fill_codes for one in coded], first),
+        _stacked([one.fill_scale for one in coded], first),
     )
 
 
-def _stacked(parts: list[Callable[[Index], np.ndarray]], first: Weight) -> Filler:
-    """Fills a block from what gives any part of each layer, or of what is not stacked."""
+def _stacked(parts: list[Filler], first: Weight) -> Filler:
+    """Fills a block from what fills any part of each layer, or of what is not stacked."""
 
     def fill(block: np.ndarray, index: Index) -> None:
         if first.layer is None:
-            block[...] = parts[0](index)
+            parts[0](block, index)
             return
         layers, *rest = index
         for row, part in zip(block, parts[layers], strict=True):
-            row[...] = part(tuple(rest))
+            part(row, tuple(rest))
 
     return fill
 
@@ -99,11 +104,13 @@ def _built(
         shape = tuple(high - low for low, high in spans)
         row_bytes = math.prod(shape[1:]) * leaf.dtype.itemsize
         rows = min(max(1, host_bytes // max(1, row_bytes)), stop - start)
+        if _taken_over(leaf.dtype, devices[0].platform):
+            rows = stop - start
         whole = rows == stop - start
         zeros = functools.partial(jnp.zeros, shape, leaf.dtype)
         buffers = [] if whole else [zeros(device=device) for device in devices]
         # after the buffers: only when it is called again does jax let go of the block before this
-        host = np.empty((rows, *shape[1:]), leaf.dtype)
+        host = empty((rows, *shape[1:]), leaf.dtype)
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             block = host[: last - first]
@@ -116,6 +123,11 @@ def _built(
             jax.block_until_ready(buffers)
         shards += buffers
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
+
+
+def _taken_over(dtype: np.dtype, platform: str) -> bool:
+    """Whether `device_put` makes a host's array the device's: on CPU, but for packed numbers."""
+    return platform == "cpu" and dtype != jnp.int4
 
 
 @functools.partial(jax.jit, donate_argnums=0)

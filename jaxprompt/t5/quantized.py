@@ -7,12 +7,13 @@ and laid out as T5X has it: inputs by outputs, as it is computed with, so that l
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxprompt.quantize import codes_of, is_quantized, scales_of, spread
+from jaxprompt.t5.copying import copy_into
 from jaxprompt.t5.weight_names import Layout, Weight
 from jaxprompt.tensorfile import StoredTensor
 from jaxprompt.typing import UserError
@@ -20,11 +21,12 @@ from jaxprompt.typing import UserError
 SCALE = "_scale"  # behind the name of what it scales
 METHOD = "jaxprompt"  # `quant_method` in a config.json
 _STORED = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
+_BLOCK_BYTES = 2**20  # of a tensor as float32 that are quantised at a time
 
 Index = tuple[slice, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedTensor(StoredTensor):
     """A stored tensor that is quantised; read as any other, it is float32.
 
@@ -37,6 +39,11 @@ class QuantizedTensor(StoredTensor):
     kind: str
     codes: StoredTensor
     scale: StoredTensor
+
+    def noticed(self, notice: Callable[[], None]) -> "QuantizedTensor":
+        """The same tensor; `notice` is called whenever it or its codes are read, before."""
+        floats = super().noticed(notice)
+        return dataclasses.replace(self, read=floats.read, codes=self.codes.noticed(notice))
 
 
 def join(tensors: Mapping[str, StoredTensor], where: object) -> dict[str, StoredTensor]:
@@ -82,14 +89,17 @@ def quantized_piece(weight: Weight, stored: StoredTensor, layout: Layout, leaf: 
 
         return Piece({name: math.prod(shape) * leaf.dtype.itemsize}, lambda: {name: read()})
     of_scale = dataclasses.replace(weight, shape=leaf.scale.shape[leaf.ndim - len(weight.shape) :])
-    coded = Coded(weight, stored, layout, leaf.qtype, of_scale.shape)
     columns = shape[1] if leaf.qtype == "int8" else -(-shape[1] // 2)
     scales = 4 * math.prod(of_scale.shape)
 
     def make() -> dict[str, np.ndarray]:
-        codes = coded.codes(_all(weight.shape)).astype(np.int8).reshape(shape)
-        scale = coded.scale(_all(of_scale.shape)).reshape(of_scale.flat_shape())
-        return {name: codes if leaf.qtype == "int8" else _packed(codes), name + SCALE: scale}
+        coded = Coded(weight, stored, layout, leaf.qtype, of_scale.shape)
+        codes, scale = np.empty(weight.shape, np.int8), np.empty(of_scale.shape, np.float32)
+        coded.fill_codes(codes, _all(codes.shape))
+        coded.fill_scale(scale, _all(scale.shape))
+        flat = codes.reshape(shape)
+        stored_codes = flat if leaf.qtype == "int8" else _packed(flat)
+        return {name: stored_codes, name + SCALE: scale.reshape(of_scale.flat_shape())}
 
     return Piece({name: shape[0] * columns, name + SCALE: scales}, make)
 
@@ -160,32 +170,50 @@ class Coded:
         self._is_output = [size == count for size, count in sizes]
         self._scales: dict[tuple, np.ndarray] = {}
 
-    def codes(self, index: Index) -> np.ndarray:
-        """A part of the codes, int8 or int4."""
+    def fill_codes(self, block: np.ndarray, index: Index) -> None:
+        """Writes a part of the codes into a block of its shape, int8 or int4."""
         if self._pair is not None:
-            return self.weight.ours(self._pair.codes.read(), self._layout)[index]
-        values, columns = self._values(), self._columns(index)
-        scale = spread(self._scale(columns, values), values[columns].shape)
-        rows = tuple(
-            slice(None) if output or count == 1 else part
-            for part, output, count in zip(index, self._is_output, scale.shape, strict=True)
-        )
-        return codes_of(values[index], scale[rows], self.kind)
+            copy_into(block, self.weight.ours(self._pair.codes.read(), self._layout)[index])
+            return
+        values = functools.cache(self._values)
+        for within, some in self._blocks(index):
+            columns = self._columns(some)
+            scale = spread(self._scale(columns, values), values()[columns].shape)
+            rows = tuple(
+                slice(None) if output or count == 1 else part
+                for part, output, count in zip(some, self._is_output, scale.shape, strict=True)
+            )
+            copy_into(block[within], codes_of(values()[some], scale[rows], self.kind))
 
-    def scale(self, index: Index) -> np.ndarray:
-        """A part of the scales, float32."""
+    def fill_scale(self, block: np.ndarray, index: Index) -> None:
+        """Writes a part of the scales into a block of its shape, float32."""
         if self._pair is not None:
             weight = dataclasses.replace(self.weight, shape=self.scale_shape)
-            return weight.ours(self._pair.scale.read(), self._layout)[index]
-        groups = zip(index, self._is_output, strict=True)
-        within = tuple(slice(None) if output else part for part, output in groups)
-        return self._scale(self._columns(index))[within]
+            block[...] = weight.ours(self._pair.scale.read(), self._layout)[index]
+            return
+        values = functools.cache(self._values)
+        for within, some in self._blocks(index):
+            groups = zip(some, self._is_output, strict=True)
+            chosen = tuple(slice(None) if output else part for part, output in groups)
+            block[within] = self._scale(self._columns(some), values)[chosen]
 
-    def _scale(self, columns: Index, values: np.ndarray | None = None) -> np.ndarray:
+    def _blocks(self, index: Index) -> Iterator[tuple[Index, Index]]:
+        """An index cut along the first axis of outputs: each piece's place within, and itself."""
+        cut = self._is_output.index(True)
+        row_bytes = 4 * math.prod(self.weight.shape) // self.weight.shape[cut]
+        step = max(1, _BLOCK_BYTES // row_bytes)
+        start, stop = index[cut].start, index[cut].stop
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            within = [slice(None)] * len(index)
+            within[cut] = slice(first - start, last - start)
+            yield tuple(within), (*index[:cut], slice(first, last), *index[cut + 1 :])
+
+    def _scale(self, columns: Index, values: Callable[[], np.ndarray]) -> np.ndarray:
         """Scales of all groups of some outputs."""
         key = tuple((part.start, part.stop) for part in columns)
         if key not in self._scales:
-            of_columns = (self._values() if values is None else values)[columns]
+            of_columns = values()[columns]
             sizes = zip(self._is_output, of_columns.shape, self.scale_shape, strict=True)
             shape = [size if output else count for output, size, count in sizes]
             self._scales[key] = scales_of(of_columns, shape, self.kind)
@@ -222,8 +250,10 @@ def _pair(kind: str, stored: StoredTensor, scale: StoredTensor, where: str) -> Q
     def read() -> np.ndarray:
         return read_codes().astype(np.float32) * spread(scale.read(), shape)
 
-    codes = StoredTensor(shape, np.dtype(np.int8), read_codes)
-    return QuantizedTensor(shape, np.dtype(np.float32), read, kind, codes, scale)
+    codes = StoredTensor(shape, np.dtype(np.int8), read_codes, stored.mapped)
+    return QuantizedTensor(
+        shape, np.dtype(np.float32), read, stored.mapped, kind=kind, codes=codes, scale=scale
+    )
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:

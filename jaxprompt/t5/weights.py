@@ -5,6 +5,7 @@ or it stops and names them.
 """
 
 import collections
+import contextlib
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from jaxprompt.t5.placing import place
 from jaxprompt.t5.quantized import Piece, quantized_piece
 from jaxprompt.t5.weight_files import WeightFiles, name_some, open_weights
 from jaxprompt.t5.weight_names import Layout, Weight, spell, weight_table
-from jaxprompt.tensorfile import StoredTensor, write_safetensors
+from jaxprompt.tensorfile import StoredTensor, reading_ahead, write_safetensors
 from jaxprompt.trees import flatten, map_with_path
 from jaxprompt.typing import ArrayTree, UserError
 
@@ -123,12 +124,13 @@ def load_params(
 ) -> dict:
     """Loads a directory's weights, tensor by tensor, into (sharded) device arrays.
 
-    Files stay memory-mapped; the host holds one block of rows (layers) at a time in the target
-    dtype and layout: at most `host_bytes`, or one layer's tensor if that is larger. Each process
-    reads the bytes of its own shards only, and of what several hold its part
-    (`sharding.read_sharding`). Of T5X, whose arrays are compressed, whole tensors are read, one at
-    a time. What is quantised on the way is quantised on the host, a layer's tensor at a time; its
-    scales take all inputs, so a process reads all rows of its columns.
+    Files stay memory-mapped; a process that is alone has the next tensors fetched while it works
+    on one. The host holds one block of rows (layers) at a time in the target dtype and layout: at
+    most `host_bytes`, or one layer's tensor if that is larger; on CPU it fills the arrays where
+    they stay. Each process reads the bytes of its own shards only, and of what several hold its
+    part (`sharding.read_sharding`). Of T5X, whose arrays are compressed, whole tensors are read,
+    one at a time. What is quantised on the way is quantised on the host, some outputs of a layer's
+    tensor at a time; scales take all inputs, so a process reads all rows of its columns.
 
     Args:
       directory: holds safetensors, torch .bin or Flax msgpack weights, single or sharded, or is a
@@ -146,12 +148,21 @@ def load_params(
     matched = match(files, config)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {} if shardings is None else flatten(shardings)
-    return map_with_path(
-        lambda path, leaf: place(
-            matched[path], files.layout, leaf, places.get(path, alone), host_bytes
-        ),
-        abstract_params(config, dtype, quantize),
-    )
+    stored = [tensor for found in matched.values() for _, tensor in found]
+    # where several processes share the work each reads parts: nothing is fetched beyond them
+    ahead = reading_ahead if jax.process_count() == 1 else contextlib.nullcontext
+    with ahead(stored) as tensors:
+        following = iter(tensors)
+        sources = {
+            path: [(weight, next(following)) for weight, _ in found]
+            for path, found in matched.items()
+        }
+        return map_with_path(
+            lambda path, leaf: place(
+                sources[path], files.layout, leaf, places.get(path, alone), host_bytes
+            ),
+            abstract_params(config, dtype, quantize),
+        )
 
 
 def read_embedding(directory: Path, config: T5Config) -> np.ndarray:
