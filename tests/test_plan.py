@@ -7,6 +7,9 @@ import dataclasses
 import importlib.util
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from run_fixtures import World
 
 from jaxprompt import cli, compiled
 from jaxprompt.config import load_config
-from jaxprompt.planning import chips, search
+from jaxprompt.planning import apart, chips, search
 from jaxprompt.planning.abstract import abstract_step
 from jaxprompt.planning.chips import CHIPS, Topology, open_topologies
 from jaxprompt.planning.estimate import Estimate, estimate
@@ -227,7 +230,7 @@ def stand_in(found: dict[int, float], capacity: float, calls: list[int]) -> Any:
 def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     needs = {1: 800.0, 2: 400.0, 4: 200.0, 8: 90.0, 16: 50.0, 32: 30.0}
-    monkeypatch.setattr(search, "estimate", stand_in(needs, 110.0, calls))
+    monkeypatch.setattr(search, "estimate_apart", stand_in(needs, 110.0, calls))
 
     def config_with(settings: dict[str, Any]) -> Any:
         return load_config(world.config, search.overrides(settings))
@@ -241,7 +244,7 @@ def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pyt
 
 
 def test_weights_that_fill_a_chip_are_not_compiled(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(search, "estimate", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(search, "estimate_apart", lambda *_: pytest.fail("compiled"))
     small = dataclasses.replace(CHIPS["v5e"], memory=1000.0)
     topology = Topology("v5e:1x1", small, jax.devices()[:1])
 
@@ -307,6 +310,79 @@ def test_the_tpu_compiler_says_what_a_chip_needs(world: World, capsys: Any, tmp_
     assert 0 < low <= high and found["bound"] in ("compute", "memory", "exchanges")
     with pytest.raises(UserError, match="does not know topology"):
         open_topologies(["v5e:3x5"])
+
+
+STAND_IN = (sys.executable, str(Path(__file__).with_name("crashing_compiler.py")))
+
+
+@pytest.fixture
+def crashing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TPUs are CPUs here, and what their compiler does says `crashing_compiler.py`."""
+    monkeypatch.setattr(chips, "_check_tpu", lambda name: None)
+    monkeypatch.setattr(chips, "_devices_there", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(apart, "COMMAND", STAND_IN)
+
+
+@pytest.mark.usefixtures("crashing_compiler")
+def test_a_compiler_that_crashes_ends_in_a_sentence(
+    world: World, capsys: pytest.CaptureFixture[str]
+):
+    crash = "crashed on the step for v4:1x1x1 (SIGSEGV: Check failed: a == b); other settings"
+    killed = "was killed on the step for v6e:1x1 (SIGKILL), as the system does when memory runs out"
+    code, out, err = plan(capsys, world.config, "--topology", "v4:1x1x1", "--json")
+    assert (code, out) == (2, "") and crash in err and "Traceback" not in err
+
+    first, second, told = planned(
+        capsys, world.config, "--topology", "v4:1x1x1", "v6e:1x1", "v5e:1x1"
+    )
+    assert (first["topology"], first["fits"]) == ("v4:1x1x1", None) and crash in first["error"]
+    assert killed in second["error"]
+    assert told["fits"] and told["seconds"] and told["shape"]["rows"] >= 1 and "error" not in told
+
+    code, out, err = plan(capsys, world.config, "--topology", "v4:1x1x1", "v5p:1x1x1")
+    assert code == 2 and crash in err and "v5p:1x1x1 (SIGABRT: Check failed: a == b)" in err
+    lines = [line for line in out.splitlines() if line.startswith(("v4", "v5p"))]
+    assert len(lines) == 2 and all(line.endswith("compiler failed") for line in lines)
+
+
+@pytest.mark.usefixtures("crashing_compiler")
+def test_a_search_leaves_out_what_crashes(world: World, capsys: pytest.CaptureFixture[str]):
+    argv = ["--topology", "v3:1x1", "--search", "--limit", "1", "--try", "backbone.remat=none,full"]
+    code, out, err = plan(capsys, world.config, *argv)
+    assert code == 0 and out == "nothing was compiled\n"
+    assert re.search(r"1: .*backbone\.remat=none.*: the compiler failed", err)
+    assert re.search(r"left out: .*backbone\.remat=none.*INTERNAL: RET_CHECK failure", err)
+    assert re.search(r"left out: .*backbone\.remat=full.*after 1 compilations", err)
+
+
+def test_a_compilation_ends_with_its_plan(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Ctrl-C kills the child; where its parent was killed, the child sees the end of its input."""
+    argv = [*STAND_IN, str(world.config), "v5e:2x2", "1"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as orphan:
+        assert orphan.stdin is not None
+        orphan.stdin.close()
+        assert orphan.wait(timeout=120) == 1
+
+    children: list[subprocess.Popen[bytes]] = []
+
+    def started(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        children.append(popen(*args, **options))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        return children[-1]
+
+    popen, before = subprocess.Popen, signal.signal(signal.SIGALRM, signal.default_int_handler)
+    monkeypatch.setattr(apart.subprocess, "Popen", started)
+    monkeypatch.setattr(apart, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(chips, "_check_tpu", lambda name: None)
+    monkeypatch.setattr(chips, "_devices_there", lambda name: jax.devices()[:1])
+    try:
+        code, out, err = plan(capsys, world.config, "--topology", "v5e:1x1")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (code, out) == (130, "") and "interrupted" in err
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
 def test_devices_of_this_machine_are_used_as_they_are():

@@ -8,8 +8,9 @@ from typing import Any
 
 from jaxprompt.config import RunConfig
 from jaxprompt.planning.abstract import weights_on_a_device
+from jaxprompt.planning.apart import CompilerFailed, estimate_apart
 from jaxprompt.planning.chips import Topology
-from jaxprompt.planning.estimate import Estimate, estimate
+from jaxprompt.planning.estimate import Estimate
 from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.backbones import planned_config
 from jaxprompt.t5.config import REMAT_POLICIES
@@ -86,18 +87,25 @@ def search(
     values |= {key: tuple(own) for key, own in asked.items()}
     tried: list[Tried] = []
     skipped: list[tuple[Settings, str]] = []
+    compilations = 0
 
     def compiled(settings: Settings) -> Estimate | None:
-        if len(tried) >= limit:
+        nonlocal compilations
+        if compilations >= limit:
             skipped.append((settings, f"after {limit} compilations"))
             return None
+        found, line = None, "the compiler failed"
         try:
-            found = estimate(config_with(settings), topology, prompts)
+            found = estimate_apart(config_with(settings), topology, prompts)
         except UserError as error:
             skipped.append((settings, str(error)))
-            return None
-        tried.append(Tried(settings, found))
-        say(f"{len(tried)}: {' '.join(overrides(settings))}: {_line(found)}")
+            if not isinstance(error, CompilerFailed):  # nothing was compiled
+                return None
+        else:
+            tried.append(Tried(settings, found))
+            line = _line(found)
+        compilations += 1
+        say(f"{compilations}: {' '.join(overrides(settings))}: {line}")
         return found
 
     for smaller in ({}, _SMALLER):
