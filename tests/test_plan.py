@@ -222,6 +222,7 @@ def stand_in(found: dict[int, float], capacity: float, calls: list[int]) -> Any:
             topology="cpu:1", devices=1, data=1, model=1, shape=StepShape(8, 8, 8, 1, 8),
             weights=10, state=0, activations=int(activations), total=10 + activations,
             capacity=capacity, fits=10 + activations <= capacity, minimum=1, flops=2,
+            remat=config.backbone.remat,
         )  # fmt: skip
 
     return estimated
@@ -241,6 +242,30 @@ def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pyt
     assert calls == [1, 16], "eight times too much, and a little more"
     assert [one.settings["train.accumulate"] for one in found.ranking] == [16, 1]
     assert ("nothing to divide weights over") in [reason for _, reason in found.skipped]
+
+
+def test_what_a_layer_keeps_is_tried_on_the_best_mesh(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """Of "auto" is told what it came to, which is not compiled again."""
+
+    def estimated(config: Any, topology: Topology, prompts: int) -> Estimate:
+        cost = {"frozen": 4, "dots": 3, "none": 9}.get(config.backbone.remat, 5)
+        found = stand_in({1: 1.0}, 99.0, [])(config, topology, prompts)
+        remat = {"auto": "frozen"}.get(config.backbone.remat, config.backbone.remat)
+        worse = 10 * config.mesh.weights_over_data - config.backbone.scan_unroll / 4
+        return dataclasses.replace(found, remat=remat, flops=cost + worse)
+
+    def config_with(settings: dict[str, Any]) -> Any:
+        return load_config(world.config, search.overrides(settings))
+
+    monkeypatch.setattr(search, "estimate_apart", estimated)
+    topology = Topology("cpu:2", None, jax.devices()[:2])
+    found = search.search(config_with, topology, limit=99, asked={}, say=lambda line: None)
+    keys = "mesh.weights_over_data", "backbone.remat", "backbone.scan_unroll"
+    tried = [tuple(one.settings[key] for key in keys) for one in found.ranking]
+    assert tried[:3] == [(False, "dots", 2), (False, "dots", 0), (False, "frozen", 0)]
+    assert tried[-2:] == [(False, "none", 0), (True, "frozen", 0)] and len(tried) == 8
 
 
 def test_weights_that_fill_a_chip_are_not_compiled(world: World, monkeypatch: pytest.MonkeyPatch):
@@ -347,12 +372,12 @@ def test_a_compiler_that_crashes_ends_in_a_sentence(
 
 @pytest.mark.usefixtures("crashing_compiler")
 def test_a_search_leaves_out_what_crashes(world: World, capsys: pytest.CaptureFixture[str]):
-    argv = ["--topology", "v3:1x1", "--search", "--limit", "1", "--try", "backbone.remat=none,full"]
+    argv = ["--topology", "v3:1x1", "--search", "--limit", "1", "--try", "optim.warmup_steps=0,1"]
     code, out, err = plan(capsys, world.config, *argv)
     assert code == 0 and out == "nothing was compiled\n"
-    assert re.search(r"1: .*backbone\.remat=none.*: the compiler failed", err)
-    assert re.search(r"left out: .*backbone\.remat=none.*INTERNAL: RET_CHECK failure", err)
-    assert re.search(r"left out: .*backbone\.remat=full.*after 1 compilations", err)
+    assert re.search(r"1: .*warmup_steps=0.*: the compiler failed", err)
+    assert re.search(r"left out: .*warmup_steps=0.*INTERNAL: RET_CHECK failure", err)
+    assert re.search(r"left out: .*warmup_steps=1.*after 1 compilations", err)
 
 
 def test_a_compilation_ends_with_its_plan(
