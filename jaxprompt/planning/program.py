@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NONE = 2**63 - 1  # where the compiler has no estimate: of copies and gathers on a SparseCore
+_CYCLES = re.compile(rf'"estimated_cycles":"(?!{_NONE}")(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALL = re.compile(r" call(?:-start)?\(.*to_apply=%?([\w.\-]+)")
