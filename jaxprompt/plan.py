@@ -15,8 +15,9 @@ from typing import Any
 from jaxprompt.config import RunConfig, dump
 from jaxprompt.files import write_file
 from jaxprompt.logging import table
+from jaxprompt.planning.apart import CompilerFailed, estimate_apart
 from jaxprompt.planning.chips import CHIPS, GIB, Topology, open_topologies
-from jaxprompt.planning.estimate import Estimate, estimate
+from jaxprompt.planning.estimate import Estimate
 from jaxprompt.planning.search import Tried, overrides, search
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.typing import UserError
@@ -31,8 +32,11 @@ ASSUMPTIONS = (
 _TERA = 1e12
 
 
-def main(args: argparse.Namespace) -> None:
-    """The command: `jaxprompt plan CONFIG [key=value ...] --topology T [T ...] [--search]`."""
+def main(args: argparse.Namespace) -> int:
+    """The command: `jaxprompt plan CONFIG [key=value ...] --topology T [T ...] [--search]`.
+
+    Returns: the exit code: 2 where the compiler failed for every one of several topologies.
+    """
     names = [name for name in args.topology if "=" not in name]
     typed = [*args.overrides, *(name for name in args.topology if "=" in name)]
     if not names or (args.search and len(names) > 1):
@@ -44,15 +48,26 @@ def main(args: argparse.Namespace) -> None:
     topologies = open_topologies(names)
     if args.search:
         _search(args, typed, topologies[0], prompts)
-        return
-    estimates = []
+        return 0
+    estimates: list[Estimate] = []
+    failed: list[str] = []
     for number, topology in enumerate(topologies, start=1):
         _say(f"compiling for {topology.name} ({number} of {len(topologies)})")
-        estimates.append(estimate(config, topology, prompts))
+        try:
+            estimates.append(estimate_apart(config, topology, prompts))
+            answer = told(config, estimates[-1])
+        except CompilerFailed as error:
+            if len(topologies) == 1:
+                raise
+            _say(str(error))
+            failed.append(topology.name)
+            answer = _untold(config, topology, error)
         if args.json:
-            print(json.dumps(told(config, estimates[-1])), flush=True)
+            print(json.dumps(answer), flush=True)
     if not args.json:
-        print(_details(config, estimates[0]) if len(estimates) == 1 else _summary(estimates))
+        alone = len(topologies) == 1
+        print(_details(config, estimates[0]) if alone else _summary(estimates, failed))
+    return 0 if estimates else 2
 
 
 def first_bank(name: str, typed: Sequence[str]) -> tuple[RunConfig, int]:
@@ -87,6 +102,17 @@ def told(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "examples_per_second": found.examples_per_second,
         "verdict": verdict(found),
         "assumes": ASSUMPTIONS if found.seconds else (),
+    }
+
+
+def _untold(config: RunConfig, topology: Topology, error: CompilerFailed) -> dict[str, Any]:
+    """The JSON of a topology for which the compiler failed."""
+    return {
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "backbone": config.backbone.name,
+        "fits": None,
+        "error": str(error),
     }
 
 
@@ -150,15 +176,15 @@ def _short(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in common)
 
 
-def _summary(estimates: Sequence[Estimate]) -> str:
-    """One line for each of several topologies."""
+def _summary(estimates: Sequence[Estimate], failed: Sequence[str]) -> str:
+    """One line for each of several topologies, those for which the compiler failed last."""
     header = [
         "topology", "mesh", "rows", "weights", "activations", "GiB in all", "of", "TFLOP",
         "/ least", "GiB sent", "bound", "examples/s",
     ]  # fmt: skip
-    return "\n".join(
-        [table([_row(found) for found in estimates], header), "", *_assumed(estimates)]
-    ).rstrip()
+    rows = [_row(found) for found in estimates]
+    rows += [[name, *["-"] * (len(header) - 2), "compiler failed"] for name in failed]
+    return "\n".join([table(rows, header), "", *_assumed(estimates)]).rstrip()
 
 
 def _row(found: Estimate) -> list[object]:

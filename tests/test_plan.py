@@ -7,6 +7,9 @@ import dataclasses
 import importlib.util
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from run_fixtures import World
 
 from jaxprompt import cli, compiled
 from jaxprompt.config import load_config
-from jaxprompt.planning import chips, search
+from jaxprompt.planning import apart, chips, search
 from jaxprompt.planning.abstract import abstract_step
 from jaxprompt.planning.chips import CHIPS, Topology, open_topologies
 from jaxprompt.planning.estimate import Estimate, estimate
@@ -219,6 +222,7 @@ def stand_in(found: dict[int, float], capacity: float, calls: list[int]) -> Any:
             topology="cpu:1", devices=1, data=1, model=1, shape=StepShape(8, 8, 8, 1, 8),
             weights=10, state=0, activations=int(activations), total=10 + activations,
             capacity=capacity, fits=10 + activations <= capacity, minimum=1, flops=2,
+            remat=config.backbone.remat,
         )  # fmt: skip
 
     return estimated
@@ -227,7 +231,7 @@ def stand_in(found: dict[int, float], capacity: float, calls: list[int]) -> Any:
 def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     needs = {1: 800.0, 2: 400.0, 4: 200.0, 8: 90.0, 16: 50.0, 32: 30.0}
-    monkeypatch.setattr(search, "estimate", stand_in(needs, 110.0, calls))
+    monkeypatch.setattr(search, "estimate_apart", stand_in(needs, 110.0, calls))
 
     def config_with(settings: dict[str, Any]) -> Any:
         return load_config(world.config, search.overrides(settings))
@@ -240,8 +244,32 @@ def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pyt
     assert ("nothing to divide weights over") in [reason for _, reason in found.skipped]
 
 
+def test_what_a_layer_keeps_is_tried_on_the_best_mesh(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """Of "auto" is told what it came to, which is not compiled again."""
+
+    def estimated(config: Any, topology: Topology, prompts: int) -> Estimate:
+        cost = {"frozen": 4, "dots": 3, "none": 9}.get(config.backbone.remat, 5)
+        found = stand_in({1: 1.0}, 99.0, [])(config, topology, prompts)
+        remat = {"auto": "frozen"}.get(config.backbone.remat, config.backbone.remat)
+        worse = 10 * config.mesh.weights_over_data - config.backbone.scan_unroll / 4
+        return dataclasses.replace(found, remat=remat, flops=cost + worse)
+
+    def config_with(settings: dict[str, Any]) -> Any:
+        return load_config(world.config, search.overrides(settings))
+
+    monkeypatch.setattr(search, "estimate_apart", estimated)
+    topology = Topology("cpu:2", None, jax.devices()[:2])
+    found = search.search(config_with, topology, limit=99, asked={}, say=lambda line: None)
+    keys = "mesh.weights_over_data", "backbone.remat", "backbone.scan_unroll"
+    tried = [tuple(one.settings[key] for key in keys) for one in found.ranking]
+    assert tried[:3] == [(False, "dots", 2), (False, "dots", 0), (False, "frozen", 0)]
+    assert tried[-2:] == [(False, "none", 0), (True, "frozen", 0)] and len(tried) == 8
+
+
 def test_weights_that_fill_a_chip_are_not_compiled(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(search, "estimate", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(search, "estimate_apart", lambda *_: pytest.fail("compiled"))
     small = dataclasses.replace(CHIPS["v5e"], memory=1000.0)
     topology = Topology("v5e:1x1", small, jax.devices()[:1])
 
@@ -307,6 +335,79 @@ def test_the_tpu_compiler_says_what_a_chip_needs(world: World, capsys: Any, tmp_
     assert 0 < low <= high and found["bound"] in ("compute", "memory", "exchanges")
     with pytest.raises(UserError, match="does not know topology"):
         open_topologies(["v5e:3x5"])
+
+
+STAND_IN = (sys.executable, str(Path(__file__).with_name("crashing_compiler.py")))
+
+
+@pytest.fixture
+def crashing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TPUs are CPUs here, and what their compiler does says `crashing_compiler.py`."""
+    monkeypatch.setattr(chips, "_check_tpu", lambda name: None)
+    monkeypatch.setattr(chips, "_devices_there", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(apart, "COMMAND", STAND_IN)
+
+
+@pytest.mark.usefixtures("crashing_compiler")
+def test_a_compiler_that_crashes_ends_in_a_sentence(
+    world: World, capsys: pytest.CaptureFixture[str]
+):
+    crash = "crashed on the step for v4:1x1x1 (SIGSEGV: Check failed: a == b); other settings"
+    killed = "was killed on the step for v6e:1x1 (SIGKILL), as the system does when memory runs out"
+    code, out, err = plan(capsys, world.config, "--topology", "v4:1x1x1", "--json")
+    assert (code, out) == (2, "") and crash in err and "Traceback" not in err
+
+    first, second, told = planned(
+        capsys, world.config, "--topology", "v4:1x1x1", "v6e:1x1", "v5e:1x1"
+    )
+    assert (first["topology"], first["fits"]) == ("v4:1x1x1", None) and crash in first["error"]
+    assert killed in second["error"]
+    assert told["fits"] and told["seconds"] and told["shape"]["rows"] >= 1 and "error" not in told
+
+    code, out, err = plan(capsys, world.config, "--topology", "v4:1x1x1", "v5p:1x1x1")
+    assert code == 2 and crash in err and "v5p:1x1x1 (SIGABRT: Check failed: a == b)" in err
+    lines = [line for line in out.splitlines() if line.startswith(("v4", "v5p"))]
+    assert len(lines) == 2 and all(line.endswith("compiler failed") for line in lines)
+
+
+@pytest.mark.usefixtures("crashing_compiler")
+def test_a_search_leaves_out_what_crashes(world: World, capsys: pytest.CaptureFixture[str]):
+    argv = ["--topology", "v3:1x1", "--search", "--limit", "1", "--try", "optim.warmup_steps=0,1"]
+    code, out, err = plan(capsys, world.config, *argv)
+    assert code == 0 and out == "nothing was compiled\n"
+    assert re.search(r"1: .*warmup_steps=0.*: the compiler failed", err)
+    assert re.search(r"left out: .*warmup_steps=0.*INTERNAL: RET_CHECK failure", err)
+    assert re.search(r"left out: .*warmup_steps=1.*after 1 compilations", err)
+
+
+def test_a_compilation_ends_with_its_plan(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Ctrl-C kills the child; where its parent was killed, the child sees the end of its input."""
+    argv = [*STAND_IN, str(world.config), "v5e:2x2", "1"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as orphan:
+        assert orphan.stdin is not None
+        orphan.stdin.close()
+        assert orphan.wait(timeout=120) == 1
+
+    children: list[subprocess.Popen[bytes]] = []
+
+    def started(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        children.append(popen(*args, **options))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        return children[-1]
+
+    popen, before = subprocess.Popen, signal.signal(signal.SIGALRM, signal.default_int_handler)
+    monkeypatch.setattr(apart.subprocess, "Popen", started)
+    monkeypatch.setattr(apart, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(chips, "_check_tpu", lambda name: None)
+    monkeypatch.setattr(chips, "_devices_there", lambda name: jax.devices()[:1])
+    try:
+        code, out, err = plan(capsys, world.config, "--topology", "v5e:1x1")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (code, out) == (130, "") and "interrupted" in err
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
 def test_devices_of_this_machine_are_used_as_they_are():

@@ -40,6 +40,16 @@ to_apply=%add
   ROOT %lt = pred[] fusion(%i, %n), kind=kLoop, calls=%compare
 }
 
+%elsewhere (p: bf16[612,64], t: token[]) -> bf16[612,64] {
+  ROOT %r = bf16[612,64]{1,0} all-reduce(%p), replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a','b'}, \
+to_apply=%add
+}, execution_thread="sparsecore"
+
+%elsewhere.1 (p: bf16[612,64]) -> bf16[612,256] {
+  ROOT %g = bf16[612,256]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4], \
+device_ids=([2,4]T(1,0)) {'b':(1)2}, dimensions={1}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8]{0}) while(%t), condition=%cond.1, body=%body.1, \
 backend_config={"known_trip_count":{"n":"24"},"known_init_step":{"init":"0","step":"1"}}
@@ -50,6 +60,10 @@ backend_config={"known_trip_count":{"n":"24"},"known_init_step":{"init":"0","ste
   %many = (f32[2]{0}, f32[3]{0}) all-reduce-start(%a, %b), replica_groups={}, to_apply=%add
   %cp = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%a), \
 source_target_pairs={{0,1},{1,0}}
+  %call-start = ((bf16[612,64]{1,0}, token[]), bf16[612,64]{1,0}) call-start(%a, %ready), \
+async_execution_thread="sparsecore", to_apply=%elsewhere
+  %call-done = bf16[612,64]{1,0} call-done(%call-start)
+  %start.1 = ((bf16[612,64]{1,0}), bf16[612,256]{1,0}) call-start(%a), to_apply=%elsewhere.1
   ROOT %a2a = f32[8]{0} all-to-all(%a), replica_groups={{0,1},{2,3}}
 }
 """
@@ -64,6 +78,8 @@ def test_exchanges_are_found_with_size_group_and_times():
         ("all-gather", 16 * 2, 4, 1),
         ("all-reduce", 5 * 4, 8, 1),
         ("collective-permute", 5 * 4, 8, 1),
+        ("all-reduce", 612 * 64 * 2, 2, 1),
+        ("all-gather", 612 * 256 * 2, 2, 1),
         ("all-to-all", 8 * 4, 2, 1),
     ]
 
@@ -71,7 +87,8 @@ def test_exchanges_are_found_with_size_group_and_times():
 def test_rings_send_what_they_have_to():
     """Of N bytes on g devices: twice (g-1)/g, once, the part g-1 times, all of it, half."""
     sent = [one.sent for one in collectives(EXCHANGES, 8)]
-    assert sent == [24 * 68 * 2 * 3 / 4, 24 * 256 * 3, 1024 * 3 / 4, 32 * 3 / 4, 35, 20, 16]
+    begin = [24 * 68 * 2 * 3 / 4, 24 * 256 * 3, 1024 * 3 / 4, 32 * 3 / 4, 35, 20]
+    assert sent == [*begin, 612 * 64 * 2, 612 * 256, 16]
 
 
 MATMULS = """\

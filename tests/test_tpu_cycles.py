@@ -45,7 +45,12 @@ metadata={op_name="jit(step)/kernel"}
   %never = f32[8]{0} fusion(%x), calls=%fused.1, backend_config={"estimated_cycles":"5000"}
 }
 
+%elsewhere (p: f32[8]) -> f32[8] {
+  ROOT %copied = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"9223372036854775807"}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: f32[8]) -> f32[8] {
+  %start = ((f32[8]{0}), f32[8]{0}, s32[]) call-start(%a), to_apply=%elsewhere
   %loop = (s32[], f32[8]{0}) while(%t), condition=%cond.1, body=%body.1, metadata={}
   %last = f32[8]{0} fusion(%x), calls=%fused.1, metadata={op_name="jit(step)/mlp"}, \
 backend_config={"window_config":{"estimated_cycles":"11"}}

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NONE = 2**63 - 1  # where the compiler has no estimate: of copies and gathers on a SparseCore
+_CYCLES = re.compile(rf'"estimated_cycles":"(?!{_NONE}")(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
+_CALL = re.compile(r" call(?:-start)?\(.*to_apply=%?([\w.\-]+)")
 _INSIDE = re.compile(r" (?!async-done|async-update)[\w\-]+\(.* calls=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -30,6 +31,7 @@ _RESULT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ([a-z]+\d*\w*\[[\d,]*\])")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _KINDS = {  # part of an instruction's path, the first that is there; einsums show their letters
     "bthk,bshk->bhts/dot_general": "scores",
     "bhts,bshk->bthk/dot_general": "context",
@@ -276,9 +278,13 @@ def _bytes(kind: str, shape: str) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    listed, iota = _GROUPS.search(line), _IOTA.search(line)
+    listed, iota, axes = (pattern.search(line) for pattern in (_GROUPS, _IOTA, _AXES))
     if listed and listed[1]:
         return listed[1].count(",") + 1
+    if axes:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2])  # a part of an axis has a size
+        return math.prod(int(part or sizes[name]) for name, part in named)
     return int(iota[1]) if iota else devices
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from jaxprompt.config import RunConfig
 from jaxprompt.planning.abstract import weights_on_a_device
+from jaxprompt.planning.apart import CompilerFailed, estimate_apart
 from jaxprompt.planning.chips import Topology
-from jaxprompt.planning.estimate import Estimate, estimate
+from jaxprompt.planning.estimate import Estimate
 from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.backbones import planned_config
 from jaxprompt.t5.config import REMAT_POLICIES
@@ -47,16 +48,18 @@ def _mesh_models(topology: Topology) -> list[int]:
 
 # What is tried without being asked, by config key. `mesh.data` takes the devices that `mesh.model`
 # leaves; `train.accumulate` grows until a step fits; keys that wait have their first value, and
-# their others are tried on the best.
+# their others are tried on the best: a compilation takes minutes, and what a layer keeps matters
+# less than the mesh where "auto" has kept what fits.
 DIMENSIONS: dict[str, Callable[[Topology], Sequence[Any]]] = {
     "mesh.model": _mesh_models,
     "mesh.weights_over_data": lambda topology: (False, True),
-    "backbone.remat": lambda topology: REMAT_POLICIES,
+    "backbone.remat": lambda topology: ("auto", *REMAT_POLICIES),
     "train.accumulate": lambda topology: (1, 2, 4, 8, 16, 32),
     "backbone.scan_unroll": lambda topology: (0, 2),
     "mesh.rows_over_model": lambda topology: (topology.chip is not None, topology.chip is None),
 }
-_GROWS, _WAIT = "train.accumulate", ("backbone.scan_unroll", "mesh.rows_over_model")
+_GROWS = "train.accumulate"
+_WAIT = ("backbone.remat", "backbone.scan_unroll", "mesh.rows_over_model")
 _SMALLER: Settings = {"backbone.quantize": "int8"}  # changes results: tried where nothing else fits
 
 
@@ -69,11 +72,11 @@ def search(
     asked: Mapping[str, Sequence[Any]],
     say: Callable[[str], None],
 ) -> Found:
-    """Compiles the promising settings, cheapest exchanges first.
+    """Compiles the promising settings: all meshes, cheapest exchanges first, the rest on the best.
 
     Weights that fill a chip by themselves are not compiled. Microbatches get smaller only where a
     step does not fit, and then at once by as much as it lacks. Where nothing fits, all is tried
-    again with int8 weights.
+    again with int8 weights. Of "auto" the policy that it came to is told.
 
     Args:
       config_with: the run's config under some settings.
@@ -86,18 +89,26 @@ def search(
     values |= {key: tuple(own) for key, own in asked.items()}
     tried: list[Tried] = []
     skipped: list[tuple[Settings, str]] = []
+    compilations = 0
 
     def compiled(settings: Settings) -> Estimate | None:
-        if len(tried) >= limit:
+        nonlocal compilations
+        if compilations >= limit:
             skipped.append((settings, f"after {limit} compilations"))
             return None
+        found, line = None, "the compiler failed"
         try:
-            found = estimate(config_with(settings), topology, prompts)
+            found = estimate_apart(config_with(settings), topology, prompts)
         except UserError as error:
             skipped.append((settings, str(error)))
-            return None
-        tried.append(Tried(settings, found))
-        say(f"{len(tried)}: {' '.join(overrides(settings))}: {_line(found)}")
+            if not isinstance(error, CompilerFailed):  # nothing was compiled
+                return None
+        else:
+            settings = {**settings, "backbone.remat": found.remat}
+            tried.append(Tried(settings, found))
+            line = _line(found)
+        compilations += 1
+        say(f"{compilations}: {' '.join(overrides(settings))}: {line}")
         return found
 
     for smaller in ({}, _SMALLER):
@@ -112,11 +123,12 @@ def search(
             break
     for key in _WAIT:
         best = _ranked(tried)[:1]
-        for value in values[key][1:]:
-            if best and best[0].estimate.fits:
-                settings = {**best[0].settings, key: value}
-                if key != "mesh.rows_over_model" or best[0].estimate.model > 1:
-                    compiled(settings)
+        for value in values[key]:
+            settings = _on(best, key, value)
+            if settings and key == "backbone.remat":  # it keeps less, or more
+                _shrink_until_it_fits(compiled, settings, values[_GROWS])
+            elif settings:
+                compiled(settings)
     return Found(_ranked(tried), skipped)
 
 
@@ -155,6 +167,15 @@ def _hopeless(
     if topology.chip is not None and weights > topology.chip.memory:
         return f"weights alone take {weights / 2**30:.1f} GiB"
     return ""
+
+
+def _on(best: Sequence[Tried], key: str, value: Any) -> Settings:
+    """The best settings with another value; empty where that is no other program."""
+    if not best or not best[0].estimate.fits or value in (best[0].settings[key], "auto"):
+        return {}
+    if key == "mesh.rows_over_model" and best[0].estimate.model == 1:
+        return {}
+    return {**best[0].settings, key: value}
 
 
 def _shrink_until_it_fits(
