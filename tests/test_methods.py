@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_cases
 import pytest
 import tiny
 from method_cases import CASES, config_of, context_of, examples_of, make, shaken
@@ -548,3 +550,48 @@ def test_an_unknown_method_is_named_with_its_neighbour():
 
     with pytest.raises(UserError, match="name 'residul' is not known; did you mean 'residual'"):
         schema.from_mapping(MethodConfig, {"name": "residul"}, "here")
+
+
+# ---- another library's answers -------------------------------------------------------------------
+
+
+def test_prefix_tuning_is_that_of_adapters():
+    """Three networks with tanh, for encoder, decoder and cross-attention; H K is not d_model."""
+    sizes = peft_cases.BACKBONES["shallow decoder"]
+    assert sizes.num_heads * sizes.d_kv != sizes.d_model
+    with np.load(Path(__file__).parent / "golden" / "adapters.npz") as golden:
+        kept = dict(golden)
+    values = {}
+    for place, name in (("encoder", "encoder"), ("decoder", "self"), ("cross", "cross")):
+        prompt, up, up_bias, out, out_bias = (
+            kept[f"{name}_prefix.{part}"]
+            for part in ("wte.weight", "control_trans.0.weight", "control_trans.0.bias",
+                         "control_trans.2.weight", "control_trans.2.bias")
+        )  # fmt: skip
+        # there keys and values of a layer stand side by side: [N, 2, H, K]
+        shape = (-1, 2, sizes.num_heads, sizes.d_kv)
+        out = np.moveaxis(out.T.reshape(len(out.T), *shape), 1, 2)
+        out_bias = np.moveaxis(out_bias.reshape(shape), 0, 1)
+        parts = {"prompt": prompt, "up": up.T, "up_bias": up_bias, "out": out, "out_bias": out_bias}
+        values |= {f"{place}_{part}": jnp.asarray(value) for part, value in parts.items()}
+    config = config_of("prefix", length=peft_cases.LENGTH, hidden=7)
+    count = METHODS["prefix"].parameters(config, sizes)
+    assert count == sum(value.size for value in values.values())
+    params = trees.map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if "relpos_bias" in path else leaf,
+        tiny.make_params(sizes, seed=3),
+    )
+    decoded = [
+        [tiny.Example(ids[ids > 0].tolist(), [*targets[1:], 1])]
+        for ids, targets in zip(
+            peft_cases.ENCODER_IDS, peft_cases.DECODER_IDS.tolist(), strict=True
+        )
+    ]
+    batch = tiny.make_batch(decoded, 6, 5, 1)
+    np.testing.assert_array_equal(batch.decoder_ids_BT, peft_cases.DECODER_IDS)
+    backbone, run = T5(sizes, params, LOOP), jax.jit(steps.logits, static_argnums=0)
+    for louder in (1.0, 0.0):
+        scaled = {name: louder * value for name, value in values.items()}
+        own = trees.split(PromptedT5(backbone, METHODS["prefix"].make(scaled, config)))
+        apart = np.abs(np.asarray(run(*own, batch)) - kept["logits"]).max()
+        assert (apart < 1e-5) if louder else (apart > 0.1)
