@@ -204,7 +204,10 @@ def check_backbone(
 def _load_directory(directory: Path, shown: str) -> PromptArtifact:
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     if not config_path.exists() and (directory / "adapter_config.json").exists():
-        raise UserError(f"{shown} is a PEFT prompt: bring it in with `jaxprompt import` first")
+        raise UserError(
+            f"{shown} is a PEFT adapter, not a prompt artifact: bring it in with `jaxprompt import "
+            f"{shown} OUT --backbone B` and name OUT"
+        )
     try:
         config = json.loads(_read(config_path, shown).decode("utf-8"))
     except ValueError as error:

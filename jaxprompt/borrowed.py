@@ -63,28 +63,38 @@ def text_rows(config: RunConfig, backbone: Backbone) -> np.ndarray | None:
 
 
 def teacher(config: RunConfig, backbone: Backbone) -> tuple[np.ndarray, float]:
-    """Rows of `distil.prompt`, float32 [P, D], and its similarity to the task, above 0.
+    """Rows of the teachers, float32 [T, P, D], and the similarity of the only one to the task.
 
-    The similarity is 1 if it is not to be measured.
+    T is 1, or one of each task in their order. The similarity is above 0; 1 if it is not to be
+    measured.
 
-    Raises: UserError for a teacher that has other slots than the run, or is not similar at all.
+    Raises: UserError for a teacher that has other slots than the run, or is not similar at all, and
+      for teachers of other tasks than the run's.
     """
     distil, slots = config.distil, slots_of(config.method)
-    rows = _source_rows(backbone, distil.prompt)
-    if len(rows) != slots:
+    names = list(config.task.mixture) or [config.task.name]
+    if distil.teachers and set(distil.teachers) != set(names):
         raise UserError(
-            f"distil.prompt {distil.prompt} has {len(rows)} slots, the run's method "
-            f"{config.method.name} {slots}: they have to stand in the same ones"
+            f"distil.teachers has a prompt of {', '.join(sorted(distil.teachers))}, the tasks of "
+            f"the run are {', '.join(names)}: name one of each"
         )
+    rows = []
+    for path in [distil.teachers[name] for name in names] if distil.teachers else [distil.prompt]:
+        rows.append(_source_rows(backbone, path))
+        if len(rows[-1]) != slots:
+            raise UserError(
+                f"teacher {path} has {len(rows[-1])} slots, the run's method {config.method.name} "
+                f"{slots}: they have to stand in the same ones"
+            )
     if not distil.target:
-        return rows, 1.0
-    similarity = average_tokens(rows, _source_rows(backbone, distil.target))
+        return np.stack(rows), 1.0
+    similarity = average_tokens(rows[0], _source_rows(backbone, distil.target))
     if similarity <= 0:
         raise UserError(
             f"distil.prompt {distil.prompt} has similarity {similarity:.3f} to distil.target "
             f"{distil.target}: it has nothing to teach; choose another (`jaxprompt transfer`)"
         )
-    return rows, similarity
+    return np.stack(rows), similarity
 
 
 def digests(paths: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from jaxprompt.data.encoder import DataConfig
 from jaxprompt.data.presets import complete_mixture, with_presets
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.data.tasks import TaskConfig
-from jaxprompt.distil import DistilConfig
+from jaxprompt.distil import NO_TEACHER, DistilConfig
 from jaxprompt.logging import LoggingConfig
 from jaxprompt.loop import LoopConfig
 from jaxprompt.optim import OptimConfig, resolve
@@ -147,7 +147,7 @@ class RunConfig:
       seed: of everything random.
       tune: "prompt" trains the method over a frozen backbone, "model" the backbone itself.
       layout: where slots stand among the text, see `data.layout`.
-      distil: a trained prompt as a teacher.
+      distil: trained prompts as teachers.
       regularize: what holds the prompt back in training.
     """
 
@@ -169,8 +169,8 @@ class RunConfig:
     def __post_init__(self):
         if self.tune == "model":
             self.backbone.check_trainable("tune: model")
-            if self.distil.prompt:
-                raise UserError("distil.prompt teaches prompts; leave it out with tune: model")
+            if self.distil.is_on:
+                raise UserError("distil teaches prompts; leave it out with tune: model")
             if self.regularize.is_on:
                 raise UserError("regularize is for prompts, and tune: model trains none")
 
@@ -292,9 +292,7 @@ def step_options(config: RunConfig | PretrainConfig) -> StepOptions:
         dropout_rate=recipe.dropout if dropout is None else dropout,
         draws=isinstance(config, RunConfig) and METHODS[config.method.name].draws(config.method),
         accumulate=config.train.accumulate,
-        distil=config.distil.weight
-        if isinstance(config, RunConfig) and config.distil.prompt
-        else 0.0,
+        distil=config.distil.distances() if isinstance(config, RunConfig) else NO_TEACHER,
         **_regularizers(config),
     )
 

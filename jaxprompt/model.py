@@ -17,7 +17,7 @@ from jaxprompt.t5.generate import generate
 from jaxprompt.t5.model import T5
 from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, Halted
-from jaxprompt.typing import Array, Batch, PromptValues
+from jaxprompt.typing import Array, Batch, Outputs, PromptValues
 
 _METHOD = 2**31 - 1  # folded into keys for what a method draws
 
@@ -28,7 +28,7 @@ class PromptedT5(nnx.Module):
     Args:
       backbone: the T5.
       method: whose parameters are trained; None = the bare backbone.
-      teacher: a prompt that is not trained, for `teacher_logits`; in the slots of the method's.
+      teacher: a prompt that is not trained, for `taught`; in the slots of the method's.
       texts: embeddings [P, D] that training pulls a prompt's slots towards, by its number.
     """
 
@@ -55,7 +55,22 @@ class PromptedT5(nnx.Module):
         prompt_dropout: float = 0.0,
         noise_BSD: Array | None = None,
     ) -> Array:
-        """Logits of every decoder position, float32 [B, T, V].
+        """Logits of every decoder position, float32 [B, T, V]; arguments as of `outputs`."""
+        return self.outputs(
+            batch, dropout_rate=dropout_rate, dropout_key=dropout_key,
+            prompt_dropout=prompt_dropout, noise_BSD=noise_BSD,
+        ).logits_BTV  # fmt: skip
+
+    def outputs(
+        self,
+        batch: Batch,
+        *,
+        dropout_rate: float = 0.0,
+        dropout_key: Array | None = None,
+        prompt_dropout: float = 0.0,
+        noise_BSD: Array | None = None,
+    ) -> Outputs:
+        """Logits and the hidden states before them.
 
         Args:
           dropout_key: of dropout and of what the method draws, one or of each row [B]; None draws
@@ -69,11 +84,11 @@ class PromptedT5(nnx.Module):
         hidden_BTD = self.decode(
             batch, values, encoded_BSD, dropout_rate=dropout_rate, dropout_key=dropout_key
         )
-        return self.logits(hidden_BTD)
+        return Outputs(self.logits(hidden_BTD), encoded_BSD, hidden_BTD)
 
-    def teacher_logits(self, batch: Batch) -> Array:
-        """As a call without dropout, with the teacher in place of the method."""
-        return PromptedT5(self.backbone, self.teacher)(batch)
+    def taught(self, batch: Batch) -> Outputs:
+        """As `outputs` without dropout, with the teacher in place of the method."""
+        return PromptedT5(self.backbone, self.teacher).outputs(batch)
 
     def prompt_values(self, batch: Batch, key: Array | None = None) -> PromptValues:
         """What the method hands the backbone for this batch.

@@ -56,7 +56,7 @@ def check(configs: Sequence[RunConfig], backbone: Backbone) -> None:
     """Finds before the first training what would stop the second.
 
     Raises: UserError for a layout that counts slots, pieces that do not divide embeddings, several
-      tasks, a pull towards a text, or other methods beside XPrompt.
+      tasks, a pull towards a text, a teacher, or other methods beside XPrompt.
     """
     if others := {config.method.name for config in configs if not is_pruned(config)}:
         raise UserError(
@@ -75,6 +75,11 @@ def check(configs: Sequence[RunConfig], backbone: Backbone) -> None:
             raise UserError(
                 "regularize.wayward pulls each slot towards a token of its own, and method xprompt "
                 "takes slots out between them; set it to 0 or prune no prompt"
+            )
+        if config.distil.is_on:
+            raise UserError(
+                "distil compares with a teacher in the same slots, and method xprompt takes slots "
+                "out; prune no prompt, or have none taught"
             )
         if config.layout.count("{prompt}") != 1 or "{prompt:" in config.layout:
             raise UserError(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprompt.distil import NO_TEACHER, Distances
 from jaxprompt.losses import cross_entropy, segment_sums, token_weights
 from jaxprompt.prompts.bank import bank_of, members
 from jaxprompt.regularize import RegularizeConfig, noise_for
@@ -23,6 +24,8 @@ from jaxprompt.trees import merge
 from jaxprompt.typing import Array, ArrayTree, Batch, Candidates
 
 FINITE = ("loss", "grad_norm", "trained_norm")  # metrics without which a run cannot go on
+LOSS_PARTS = ("task_loss", "distil_logits", "distil_hidden")
+"""Of a loss with a teacher: of the targets, of the distances to its logits and hidden states."""
 _CANDIDATES_AT_ONCE = 4  # decoded together: they share cross-attention's keys and values
 
 
@@ -57,8 +60,7 @@ class StepOptions:
       dropout_rate: inside the backbone.
       draws: whether the prompt method draws at random.
       accumulate: microbatches a step; rows of the batch must divide.
-      distil: weight of the squared distance to the teacher's logits, a mean over the vocabulary,
-        added to the loss of every target token; 0 = there is no teacher.
+      distil: weights of the distances to the teacher, added to the loss of every target token.
       regularize: what holds prompts back, but for the pull towards a text, which is an argument.
       wayward: weight of that pull.
     """
@@ -68,7 +70,7 @@ class StepOptions:
     dropout_rate: float = 0.0
     draws: bool = False
     accumulate: int = 1
-    distil: float = 0.0
+    distil: Distances = NO_TEACHER
     regularize: RegularizeConfig = RegularizeConfig()
     wayward: float = 0.0
 
@@ -112,7 +114,8 @@ def gradients(
     A row is of one prompt, the one that its first segment names.
 
     Returns: a tree like the trained one, and float32 [N] each: {"loss" (all that is minimised),
-      "units" (that losses are averaged over), "right" (target tokens), "tokens", "examples"}.
+      "units" (that losses are averaged over), "right" (target tokens), "tokens", "examples"}; where
+      there is a teacher also `LOSS_PARTS`, parts of the loss.
     """
 
     extras = options.regularize
@@ -122,7 +125,7 @@ def gradients(
         model = merge(graphdef, trained, frozen)
         keys_B = _row_keys(state, part) if draws else None
         run = functools.partial(_weighted_losses, part=part, options=options, keys_B=keys_B)
-        loss_BT, units_B, logits_BTV = run(model)
+        loss_BT, units_B, logits_BTV, parts = run(model)
         right_BT = (jnp.argmax(logits_BTV, axis=-1) == part.targets_BT) * part.loss_weights_BT
         owner_B = part.prompt_index_BG[:, 0]
         sums = {
@@ -131,6 +134,7 @@ def gradients(
             "right": jnp.sum(right_BT, axis=1),
             "tokens": jnp.sum(part.loss_weights_BT, axis=1),
             "examples": jnp.sum(part.example_index_BG >= 0, axis=1, dtype=jnp.float32),
+            **{name: jnp.sum(own_BT, axis=1) for name, own_BT in parts.items()},
         }
         if extras.noise:
             attacked = merge(graphdef, jax.lax.stop_gradient(trained), frozen)
@@ -162,23 +166,28 @@ def _weighted_losses(
     part: Batch,
     options: StepOptions,
     keys_B: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Weighted loss of every target [B, T], units of each row [B], logits [B, T, V]."""
-    logits_BTV = model(
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """Weighted loss of every target [B, T], units of each row [B], logits [B, T, V], loss parts."""
+    own = model.outputs(
         part, dropout_rate=options.dropout_rate, dropout_key=keys_B,
         prompt_dropout=options.regularize.prompt_dropout, noise_BSD=noise_BSD,
     )  # fmt: skip
-    loss_BT = cross_entropy(logits_BTV, part.targets_BT, options.z_loss)
-    if options.distil and noise_BSD is None:
-        apart_BTV = logits_BTV - model.teacher_logits(part)
-        loss_BT += options.distil * jnp.mean(apart_BTV**2, axis=-1)
+    loss_BT = cross_entropy(own.logits_BTV, part.targets_BT, options.z_loss)
+    parts: dict[str, Array] = {}
+    if hasattr(model, "teacher") and noise_BSD is None:
+        # of prompts trained together all have the same parts, those without a teacher zeros
+        parts = {name: jnp.zeros_like(loss_BT) for name in LOSS_PARTS} | {LOSS_PARTS[0]: loss_BT}
+        if options.distil:
+            parts |= options.distil.of(part, own, model.taught(part))
+        loss_BT = sum(parts.values(), start=jnp.zeros_like(loss_BT))
     weights_BT, units_B = token_weights(
         part.loss_weights_BT,
         part.decoder_segments_BT,
         part.example_index_BG.shape[1],
         options.loss_by,
     )
-    return loss_BT * weights_BT, units_B, logits_BTV
+    weighted = {name: own_BT * weights_BT for name, own_BT in parts.items()}
+    return loss_BT * weights_BT, units_B, own.logits_BTV, weighted
 
 
 def update(
@@ -189,7 +198,8 @@ def update(
     One of several prompts that is not live, or whose numbers are not finite, stays as it is.
 
     Returns: the next state, and float32 [N] each {"loss", "accuracy" (of target tokens),
-      "grad_norm", "trained_norm" (after the update), "tokens", "examples"}.
+      "grad_norm", "trained_norm" (after the update), "tokens", "examples"}, and `LOSS_PARTS` where
+      they are told.
     """
     count = len(optimizers)
     units = jnp.maximum(sums["units"], 1.0)
@@ -200,6 +210,7 @@ def update(
         "trained_norm": [],
         "tokens": sums["tokens"],
         "examples": sums["examples"],
+        **{name: sums[name] / units for name in LOSS_PARTS if name in sums},
     }
     old, new = list(zip(members(state.trained, count), state.opt_state, strict=True)), []
     for number, (optimizer, (tree, moments), grad) in enumerate(

@@ -65,7 +65,8 @@ class Trainee:
       parts: its task, or those of its mixture.
       source, encoder: what it is trained on.
       options: what is compiled into its step.
-      teacher: rows of the prompt that it learns from, float [P, D]; None = there is none.
+      teacher: rows of the prompt that it learns from, or of each task's, float32 [T, P, D]; None =
+        there is none.
     """
 
     name: str
@@ -128,9 +129,9 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
         rates = rates_of(list(mixture.values()), source.counts)
         encoder = MixedEncoder([part.encoder for part in parts], rates)
     steps, options, rows = total_steps(config, len(source)), step_options(config), None
-    if config.distil.prompt:
+    if config.distil.is_on:
         rows, likeness = teacher(config, backbone)
-        options = dataclasses.replace(options, distil=likeness * config.distil.weight)
+        options = dataclasses.replace(options, distil=config.distil.distances(likeness))
     return Trainee(name, config, parts, source, encoder, steps, options, rows)
 
 
@@ -183,7 +184,8 @@ def taken_apart(
     Args:
       configs: of the runs; all tune the same.
       values: of each prompt's method, arrays or their shapes; not read with `tune: model`.
-      teachers: rows of the prompt that each one learns from, None for one without; or none at all.
+      teachers: rows [T, P, D] of the prompts that each one learns from, None for one without; or
+        none at all.
       texts: what each one is pulled towards, `text_rows` or their shape, None for one without; or
         none at all.
     Raises: UserError for a text beside a method that makes a prompt for each input.
@@ -235,9 +237,9 @@ def run_identity(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if sources:
         kept["sources"] = digests(sources)
-    if config.distil.prompt:
-        paths = [path for path in (config.distil.prompt, config.distil.target) if path]
-        kept["distil"] = {**to_mapping(config.distil), "rows": digests(paths)}
+    if config.distil.is_on:
+        rows = digests(config.distil.paths)
+        kept["distil"] = {**to_mapping(config.distil), "rows": rows}
     return {
         **kept,
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},

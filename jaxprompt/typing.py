@@ -6,7 +6,7 @@ a bank, N layers, H heads, K head size, D model size, F mlp size, V vocabulary, 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -68,6 +68,18 @@ class Candidates:
     decoder_segments_CBT: Array
     targets_CBT: Array
     loss_weights_CBT: Array
+
+
+class Outputs(NamedTuple):
+    """What the backbone makes of a batch with teacher forcing.
+
+    logits_BTV are float32; encoded_BSD and decoded_BTD, the last hidden states of encoder and
+    decoder, in the compute dtype.
+    """
+
+    logits_BTV: Array
+    encoded_BSD: Array
+    decoded_BTD: Array
 
 
 @jax.tree_util.register_dataclass

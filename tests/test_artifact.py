@@ -270,7 +270,7 @@ def corrupt_header(directory):
         (corrupt_header, "prompt.safetensors is damaged: "),
         (
             lambda p: shutil.move(p / "prompt_config.json", p / "adapter_config.json"),
-            "is a PEFT prompt",
+            "is a PEFT adapter, not a prompt artifact: bring it in with `jaxprompt import",
         ),
     ],
 )

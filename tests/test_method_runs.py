@@ -32,8 +32,10 @@ OPTIONS = [
     "optim.learning_rate=0.05", "optim.schedule=constant", "optim.warmup_steps=0",
     "backbone.dropout=0.1", "data.row_multiple=2",
 ]  # fmt: skip
-RUNS = ["p-tuning", "residual", "p-tuning-v2", "prefix", "dpt", "lopt",
-        "superpos", "dept", "adept", "smop", "pt-moe", "attempt", "per-layer", "mpt"]  # fmt: skip
+# All but two: `soft` is what test_train, test_resume and test_mesh run; `multitask` has parts for
+# tasks as `mpt` has, and runs in a bank in test_mixture.
+RUNS = ["p-tuning", "residual", "p-tuning-v2", "prefix", "dpt", "lopt", "superpos", "dept", "adept",
+        "smop", "pt-moe", "attempt", "per-layer", "mpt", "xprompt"]  # fmt: skip
 
 
 def shared_by(case: str, world: World) -> list[str]:
@@ -74,6 +76,8 @@ def run(request, world: World, tmp_path_factory, runs: dict[str, Path]) -> tuple
 def test_a_run_broken_off_ends_as_the_unbroken_one(run, world: World, tmp_path: Path):
     """All trained parameters, also those of a network that the artifact folds away, go on."""
     case, unbroken = run
+    if case == "xprompt":
+        pytest.skip("fewer steps prune otherwise: test_pruning breaks it off in its first training")
     broken = tmp_path / "broken"
     options = [*OPTIONS, *shared_by(case, world), *options_of(case, world)]
     train(world.load(broken, *options, "train.steps=2"))
@@ -90,6 +94,10 @@ def test_two_devices_train_the_same(run, world: World, tmp_path: Path):
     options = [*OPTIONS, *shared_by(case, world), *options_of(case, world)]
     train(world.load(tmp_path / "two", *options, "mesh.data=2"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(alone), rtol=1e-5)
+
+
+def test_every_method_is_run():
+    assert {case.split()[0] for case in RUNS} == {*METHODS} - {"soft", "multitask"}
 
 
 def test_what_is_kept_answers_as_training_measured(run, world: World, capsys):

@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_cases
 import pytest
 import tiny
 from method_cases import CASES, config_of, context_of, examples_of, make, shaken
+from quantized_params import as_floats, quantized
 from run_fixtures import compiled
 
 from jaxprompt import steps, trees
@@ -228,18 +231,20 @@ def packed(case: str, prompt: int = 0) -> Batch:
     return tiny.make_batch([examples[:3], examples[3:]], 32, 12, 3)
 
 
-def losses(method: PromptMethod, batch: Batch) -> tuple[np.ndarray, dict]:
+def losses(
+    method: PromptMethod, batch: Batch, params: dict = PARAMS
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Loss of each segment [B, G], and the gradient of their weighted sum."""
-    graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), method))
+    graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, params, LOOP), method))
 
-    def of(trained: dict) -> tuple:
+    def of(trained: dict, frozen: dict, batch: Batch) -> tuple:
         logits = trees.merge(graphdef, trained, frozen)(batch)
         loss_BT = cross_entropy(logits, batch.targets_BT) * batch.loss_weights_BT
         segments = batch.example_index_BG.shape[1]
         loss_BG = segment_sums(loss_BT, batch.decoder_segments_BT, segments)
         return jnp.sum(loss_BG), loss_BG
 
-    grads, loss_BG = jax.jit(jax.grad(of, has_aux=True))(trained)
+    grads, loss_BG = jax.jit(jax.grad(of, has_aux=True))(trained, frozen, batch)
     return np.asarray(loss_BG), grads["method"]
 
 
@@ -376,6 +381,11 @@ def _end(ids: np.ndarray) -> int:
 # ---- what takes longer, for each method once ---------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def int8() -> dict:
+    return quantized(PARAMS, CONFIG, "int8")
+
+
 @pytest.mark.parametrize("case", METHODS)
 def test_packed_rows_of_a_bank_equal_each_prompt_alone(case: str):
     other = {"mode": "add"} if case == "per-layer" else {}
@@ -397,11 +407,11 @@ def test_packed_rows_of_a_bank_equal_each_prompt_alone(case: str):
 
 
 @pytest.mark.parametrize("case", METHODS)
-@pytest.mark.parametrize("beams", [1, 3])
-def test_cached_decoding_goes_on_as_the_forward_pass_does(case: str, beams: int):
+@pytest.mark.parametrize("beams", [1, 3], ids=["greedy over int8", "beams"])
+def test_cached_decoding_goes_on_as_the_forward_pass_does(case: str, beams: int, int8: dict):
     """What is generated is scored again with teacher forcing: the same log-likelihood."""
-    examples = examples_of(case, 3)
-    graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, PARAMS, LOOP), make(case)))
+    examples, params = examples_of(case, 3), int8 if beams == 1 else PARAMS
+    graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, params, LOOP), make(case)))
     batch = tiny.make_batch([[replaced(e, [5])] for e in examples], 14, 1, 1)
     search = Search(4, num_beams=beams)
     run = jax.jit(steps.generate, static_argnums=0)
@@ -415,6 +425,25 @@ def test_cached_decoding_goes_on_as_the_forward_pass_does(case: str, beams: int)
     if beams == 1:
         first_B = np.asarray(logits_BTV)[:, 0].argmax(-1)
         assert first_B.tolist() == [ids[0] for ids in said]
+
+
+# One set of rows, whatever input and weights: to the backbone these are what `soft` is, and they
+# decode over int8 weights above.
+AS_SOFT = ("p-tuning", "residual", "dpt", "lopt", "superpos")
+
+
+@pytest.mark.parametrize("case", [name for name in METHODS if name not in AS_SOFT])
+def test_over_int8_weights_it_trains_as_over_what_they_stand_for(case: str, int8: dict):
+    """Loss and gradients are those of codes times scales."""
+    method, batch = make(case), packed(case)
+    (loss_BG, grads), (want_BG, want) = (
+        losses(method, batch, params) for params in (int8, as_floats(int8))
+    )
+    np.testing.assert_allclose(loss_BG, want_BG, atol=1e-5, rtol=1e-5)
+    own = trees.flatten(grads)
+    for path, grad in trees.flatten(want).items():
+        assert np.abs(grad).max() > 1e-6, path
+        np.testing.assert_allclose(own[path], grad, atol=2e-5, rtol=2e-4, err_msg=path)
 
 
 def replaced(example: tiny.Example, target: list[int]) -> tiny.Example:
@@ -548,3 +577,91 @@ def test_an_unknown_method_is_named_with_its_neighbour():
 
     with pytest.raises(UserError, match="name 'residul' is not known; did you mean 'residual'"):
         schema.from_mapping(MethodConfig, {"name": "residul"}, "here")
+
+
+# ---- others' answers -----------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("case", ["residual", "residual plain"])
+def test_residual_prompts_are_those_of_the_authors_code(case: str):
+    with np.load(GOLDEN / "authors.npz") as golden:
+        kept = {
+            name.removeprefix(f"{case}/"): golden[name]
+            for name in golden
+            if name.startswith(f"{case}/")
+        }
+    linear = {"down": "module.0", "up": "module.2"}
+    values = {"prompt": kept["prompt"]}
+    for ours, theirs in linear.items():
+        values[ours] = kept[f"{theirs}.weight"].T[None]
+        values[f"{ours}_bias"] = kept[f"{theirs}.bias"][None]
+    if case == "residual":
+        values |= {"scale": kept["module.3.weight"][None], "bias": kept["module.3.bias"][None]}
+    config = config_of(case)
+    assert set(values) == set(shaken(config))
+    values = {name: jnp.asarray(value) for name, value in values.items()}
+    made = METHODS["residual"].make(values, config)
+    found = values_of(made, inputs_of(packed(case))).encoder
+    np.testing.assert_allclose(found, kept["made"][None], rtol=1e-5, atol=1e-5)
+
+
+def test_smop_picks_as_the_authors_code_does_for_each_row_alone():
+    with np.load(GOLDEN / "authors.npz") as golden:
+        kept = {name.removeprefix("smop/"): golden[name] for name in golden}
+    prompts, length = CASES["smop"]["prompts"], CASES["smop"]["length"]
+    values = {
+        "prompts": kept["embedding.weight"].reshape(prompts, length, -1),
+        "router": kept["router.0.weight"].T,
+    }
+    values = {name: jnp.asarray(value) for name, value in values.items()}
+    mask_BS, zeros_BG = jnp.asarray(kept["mask"]), jnp.zeros((4, 1), jnp.int32)
+    inputs = MethodInputs(
+        jnp.asarray(kept["embeds"]), -jnp.ones_like(mask_BS), mask_BS, zeros_BG, None, zeros_BG
+    )
+    found = values_of(METHODS["smop"].make(values, config_of("smop")), inputs)
+    picked = np.asarray(found.encoder)[np.asarray(found.prompt_index_BG)[:, 0]]
+    np.testing.assert_allclose(picked, kept["made"], rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_tuning_is_that_of_adapters():
+    """Three networks with tanh, for encoder, decoder and cross-attention; H K is not d_model."""
+    sizes = peft_cases.BACKBONES["shallow decoder"]
+    assert sizes.num_heads * sizes.d_kv != sizes.d_model
+    with np.load(GOLDEN / "adapters.npz") as golden:
+        kept = dict(golden)
+    values = {}
+    for place, name in (("encoder", "encoder"), ("decoder", "self"), ("cross", "cross")):
+        prompt, up, up_bias, out, out_bias = (
+            kept[f"{name}_prefix.{part}"]
+            for part in ("wte.weight", "control_trans.0.weight", "control_trans.0.bias",
+                         "control_trans.2.weight", "control_trans.2.bias")
+        )  # fmt: skip
+        # there keys and values of a layer stand side by side: [N, 2, H, K]
+        shape = (-1, 2, sizes.num_heads, sizes.d_kv)
+        out = np.moveaxis(out.T.reshape(len(out.T), *shape), 1, 2)
+        out_bias = np.moveaxis(out_bias.reshape(shape), 0, 1)
+        parts = {"prompt": prompt, "up": up.T, "up_bias": up_bias, "out": out, "out_bias": out_bias}
+        values |= {f"{place}_{part}": jnp.asarray(value) for part, value in parts.items()}
+    config = config_of("prefix", length=peft_cases.LENGTH, hidden=7)
+    count = METHODS["prefix"].parameters(config, sizes)
+    assert count == sum(value.size for value in values.values())
+    params = trees.map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if "relpos_bias" in path else leaf,
+        tiny.make_params(sizes, seed=3),
+    )
+    decoded = [
+        [tiny.Example(ids[ids > 0].tolist(), [*targets[1:], 1])]
+        for ids, targets in zip(
+            peft_cases.ENCODER_IDS, peft_cases.DECODER_IDS.tolist(), strict=True
+        )
+    ]
+    batch = tiny.make_batch(decoded, 6, 5, 1)
+    np.testing.assert_array_equal(batch.decoder_ids_BT, peft_cases.DECODER_IDS)
+    backbone, run = T5(sizes, params, LOOP), jax.jit(steps.logits, static_argnums=0)
+    for louder in (1.0, 0.0):
+        scaled = {name: louder * value for name, value in values.items()}
+        own = trees.split(PromptedT5(backbone, METHODS["prefix"].make(scaled, config)))
+        apart = np.abs(np.asarray(run(*own, batch)) - kept["logits"]).max()
+        assert (apart < 1e-5) if louder else (apart > 0.1)

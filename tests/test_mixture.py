@@ -9,7 +9,15 @@ import jax
 import numpy as np
 import pytest
 from method_cases import config_of, context_of
-from run_fixtures import World, compiled, mixture_of, records, world
+from run_fixtures import (
+    World,
+    compiled,
+    mixture_of,
+    records,
+    run_mapping,
+    world,
+    write_backbone,
+)
 from tiny_tokenizer import WORDS, tiny_tokenizer
 
 from jaxprompt import cli
@@ -257,6 +265,26 @@ def test_a_target_run_begins_from_shared_parts(world: World, source_run: Path, t
     ):
         with pytest.raises(UserError, match=message):
             train(world.load(tmp_path / "wrong", *start, wrong))
+
+
+def test_parts_and_sources_of_another_backbone_begin_nothing(
+    world: World, source_run: Path, tmp_path: Path, capsys
+):
+    """Neither MPT's nor ATTEMPT's, nor a teacher's: they are read before anything is trained."""
+    config = tmp_path / "run.yaml"
+    own = {**run_mapping(world.root), "output_dir": str(tmp_path / "run")}
+    own["backbone"] = {"name": str(write_backbone(tmp_path / "other", seed=2))}
+    config.write_text(json.dumps(own), encoding="utf-8")
+    parts, prompt = source_run / "best", source_run / "tasks" / "one" / "best"
+    for options in (
+        ["method.name=mpt", "method.init=prompt", f"method.init_path={parts}"],
+        ["method.name=attempt", f"method.sources=[{prompt}]"],
+        [f"distil.teachers={{tiny: {prompt}}}"],
+    ):
+        assert cli.main(["train", str(config), *options]) == 2
+        err = capsys.readouterr().err.strip()
+        assert "\n" not in err and "was trained with backbone" in err, err
+        assert str(tmp_path / "other") in err and not (tmp_path / "run").exists()
 
 
 def test_shared_parts_answer_no_task(source_run: Path, capsys):

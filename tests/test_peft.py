@@ -412,6 +412,43 @@ def test_what_cannot_be_expressed_is_refused(case: str, world: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+DAMAGED: dict[str, tuple[str, str, Any]] = {
+    "no config": (PROMPT, "config", None),
+    "a list": (PROMPT, "config", []),
+    "no JSON": (PROMPT, "config", "{"),
+    "no dtypes": (PROMPT, "dtypes", None),
+    "another dtype": (PROMPT, "dtypes", {"prompt_embeddings": "float1"}),
+    "another format": (PROMPT, "format", "lora"),
+    "another type": (PROMPT, "config.peft_type", "LORA"),
+    "another length": (PROMPT, "config.num_virtual_tokens", 7),
+    "another number of layers": (PREFIX, "config.num_layers", 4),
+    "layers in words": (PREFIX, "config.num_layers", "three"),
+}
+
+
+def test_a_damaged_origin_is_one_sentence(world: Path, tmp_path: Path, capsys: Any):
+    """What was kept of an adapter and changed by hand since; nothing is written."""
+    for label in (PROMPT, PREFIX):
+        backbone = ("--backbone", backbone_of(world, label))
+        assert run(capsys, "import", world / label, tmp_path / label, *backbone)[0] == 0
+    for case, (label, key, value) in DAMAGED.items():
+        place = shutil.copytree(tmp_path / label, tmp_path / case) / "prompt_config.json"
+        whole = json.loads(place.read_text())
+        *path, last = ["origin", *key.split(".")]
+        changed = whole
+        for step in path:
+            changed = changed[step]
+        changed[last] = value
+        if value is None:
+            del changed[last]
+        place.write_text(json.dumps(whole))
+        options = (tmp_path / case, tmp_path / "out", "--format", "peft")
+        code, out, err = run(capsys, "export", *options)
+        assert (code, out) == (2, "") and err.count("\n") == 1, (case, err)
+        assert "`origin` keeps of the PEFT adapter does not fit" in err, (case, err)
+        assert not (tmp_path / "out").exists()
+
+
 def test_nothing_but_an_adapter_is_written_over(world: Path, tmp_path: Path, capsys: Any):
     save_artifact(tmp_path / "p", own(world))
     out = tmp_path / "out"

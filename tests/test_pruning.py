@@ -154,6 +154,7 @@ WRONG = {
     "counted slots": (["layout={prompt:2}{input}{prompt:2}"], "one {prompt} without a count"),
     "two places": (["layout={prompt}{input}{prompt:1}"], "one {prompt} without a count"),
     "text": (["regularize.wayward=1", "regularize.wayward_text=good"], "takes slots out between"),
+    "a teacher": (["distil.prompt=one"], "distil compares with a teacher in the same slots"),
     "pieces": (["method.pieces=5"], "method.pieces 5 does not divide the backbone's d_model 16"),
 }
 

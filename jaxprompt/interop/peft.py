@@ -159,23 +159,51 @@ def peft_files(prompt: PromptArtifact, sizes: Sizes | None = None) -> dict[str, 
 
     Args:
       sizes: of the backbone, which PEFT wants to know of a soft prompt that is not its own.
-    Raises: UserError if PEFT cannot express the prompt.
+    Raises: UserError if PEFT cannot express the prompt, or what is kept of its origin is damaged.
     """
     check_expressible(prompt)
-    came = prompt.origin.get("format") == "peft"
-    config = prompt.origin["config"] if came else new_config(prompt, sizes)
-    text = config if isinstance(config, str) else _canonical(config)
-    parsed = json.loads(text)
-    dtypes = prompt.origin.get("dtypes", {})
-    tensors = {
-        name: np.ascontiguousarray(array, _DTYPES[dtypes.get(name, "float32")])
-        for name, array in _stored(prompt, parsed).items()
-    }
+    if prompt.origin or prompt.kept:
+        try:
+            text, parsed, tensors = _as_it_came(prompt)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, UserError) as error:
+            raise UserError(
+                f"prompt {prompt.path}: what its `origin` keeps of the PEFT adapter does not fit "
+                f"the prompt ({type(error).__name__}: {error}); import the adapter again"
+            ) from error
+    else:
+        parsed = new_config(prompt, sizes)
+        text, tensors = _canonical(parsed), _stored(prompt, parsed)
     return {
         CONFIG_NAME: text.encode("utf-8"),
         WEIGHTS_NAME: safetensors_bytes(tensors, "pt"),
         CARD_NAME: card(str(parsed.get("base_model_name_or_path") or "")).encode("utf-8"),
     }
+
+
+def _as_it_came(prompt: PromptArtifact) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """Config, as text and read, and tensors of a prompt from `read_peft`.
+
+    Raises: whatever reading them again does, if someone changed them.
+    """
+    if prompt.origin["format"] != "peft":
+        raise ValueError(f"its format is {prompt.origin['format']!r}, not 'peft'")
+    config, dtypes = prompt.origin["config"], prompt.origin["dtypes"]
+    text = config if isinstance(config, str) else _canonical(config)
+    parsed = json.loads(text)
+    tensors = _stored(prompt, parsed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when it was imported
+        _KINDS[parsed["peft_type"]][1](
+            _Adapter("origin", parsed, tensors), prompt.training.get("peft_task")
+        )
+    return (
+        text,
+        parsed,
+        {
+            name: np.ascontiguousarray(array, _DTYPES[dtypes[name]])
+            for name, array in tensors.items()
+        },
+    )
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:

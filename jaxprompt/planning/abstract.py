@@ -69,7 +69,10 @@ def abstract_step(
     remat = settled(compute, t5, shape.rows // config.train.accumulate, shape.encoder).remat
     values = jax.tree.map(placed, _method_values(config, t5))
     rows = (slots_of(config.method), t5.d_model)
-    teacher = placed(np.empty(rows, np.float32)) if config.distil.prompt else None
+    teacher = None
+    if config.distil.is_on:
+        taught = (max(1, len(config.distil.teachers)), *rows)
+        teacher = placed(jax.ShapeDtypeStruct(taught, jnp.float32))
     text = placed(jax.ShapeDtypeStruct(rows, jnp.float32)) if config.regularize.wayward else None
     graphdef, trained, frozen = taken_apart(
         [config] * prompts,

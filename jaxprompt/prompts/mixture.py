@@ -2,7 +2,8 @@
 
 SMoP: Choi et al. 2023 (EMNLP) and its code (jyjohnchoi/SMoP): softmax of a linear router over the
 mean of the input's embeddings; the likeliest prompt, times its probability; in training its logits
-times (1 + e), e ~ N(0, 1). The code's loss for an even load is not here. PT-MoE: Li et al.
+times (1 + e), e ~ N(0, 1). The code's loss for an even load is not here, nor that it gives every
+row of a batch the sum of all rows' prompts, times the row's own probability. PT-MoE: Li et al.
 2025, arXiv 2505.09519: P = sum_i w_i(X) A_i B, one B for all experts; its code is not public, the
 router here is a linear layer over the same mean and a softmax.
 """

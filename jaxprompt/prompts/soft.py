@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprompt.prompts.base import (
@@ -28,10 +29,22 @@ class SoftPrompt(PromptMethod):
         return PromptValues(encoder=self["prompt"][None])
 
 
-class FixedPrompt(SoftPrompt):
-    """A soft prompt that is not trained: another one's teacher."""
+class FixedPrompt(PromptMethod):
+    """Soft prompts that are not trained, teachers of another: one, or one of each of T tasks."""
 
     constants = ("prompt",)
+
+    def __init__(self, prompt_TPD: Array):
+        super().__init__({"prompt": prompt_TPD}, MethodConfig())
+
+    def __call__(self, inputs: MethodInputs) -> PromptValues:
+        """encoder [T, P, D]; a segment's task picks, unless there is one for all."""
+        index_BG = None
+        if len(self["prompt"]) > 1:
+            index_BG = inputs.task_index_BG
+            if index_BG is None:
+                index_BG = jnp.zeros_like(inputs.prompt_index_BG)
+        return PromptValues(encoder=self["prompt"], prompt_index_BG=index_BG)
 
 
 class MadeRows(PromptMethod):
