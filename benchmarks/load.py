@@ -3,10 +3,10 @@
 python -m benchmarks.load --gigabytes 2
 
 Generates a T5 1.1 of that size as safetensors, then in turns reads the file's bytes and loads it,
-each in a process of its own and with the file dropped from the system's cache before. Memory is
-what the process holds of its own (on CPU the loaded arrays too), pages of the file not counted,
-above what it held once everything was imported; more than the result, it is told in largest tensors
-of the dtype that is loaded (of what is quantised: of the dtype that is stored).
+each in a process of its own and with the file dropped from the system's cache before; medians are
+told. Memory is what the process holds of its own (on CPU the loaded arrays too), pages of the file
+not counted, above what it held once everything was imported. What is more than the result is told
+in largest tensors of the dtype that is loaded, of what is quantised: of the dtype that is stored.
 """
 
 import argparse
@@ -81,8 +81,8 @@ def drop(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measured(work: Callable[[], object]) -> tuple[float, int]:
-    """Seconds of some work, and the most bytes that it added to what this process holds."""
+def measured(work: Callable[[], object]) -> tuple[float, float, int]:
+    """Seconds of some work, processor seconds, and the most bytes that this process held more."""
     before, peak, done = _own_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -93,15 +93,15 @@ def measured(work: Callable[[], object]) -> tuple[float, int]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         held = work()
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - began
         peak = max(peak, _own_bytes())
         del held
     finally:
         done.set()
         watcher.join()
-    return seconds, peak - before
+    return seconds, busy, peak - before
 
 
 def _own_bytes() -> int:
@@ -133,13 +133,13 @@ def _options(loaded_as: str) -> dict[str, str]:
     return {"dtype": loaded_as, "quantize": "none"}
 
 
-def _run(side: str, directory: Path, dtype: str) -> tuple[float, int]:
+def _run(side: str, directory: Path, dtype: str) -> tuple[float, float, int]:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load", "--one-side", side, str(directory), dtype],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    seconds, held = done.stdout.split()
-    return float(seconds), int(held)
+    seconds, busy, held = done.stdout.split()
+    return float(seconds), float(busy), int(held)
 
 
 def main() -> None:
@@ -174,21 +174,24 @@ def main() -> None:
         rows = []
         for dtype in args.dtypes:
             turns = [
-                (_run("read", directory, dtype), _run("load", directory, dtype))
+                [_run(side, directory, dtype) for side in ("read", "load")]
                 for _ in range(args.rounds)
             ]
-            raw, loaded = (statistics.median(turn[side][0] for turn in turns) for side in (0, 1))
-            peak = max(turn[1][1] for turn in turns)
+            (raw, raw_busy, _), (loaded, busy, peak) = (
+                [statistics.median(values) for values in zip(*runs, strict=True)]
+                for runs in zip(*turns, strict=True)
+            )
             result = trees.size_in_bytes(abstract_params(config, **_options(dtype)))
             itemsize = _dtype(args.stored if dtype in KINDS else dtype).itemsize
             rows.append([
                 dtype, f"{size / GB / loaded:.2f}", f"{size / GB / raw:.2f}", f"{raw / loaded:.2f}",
-                f"{peak / GIB:.2f}", f"{result / GIB:.2f}",
+                f"{raw_busy:.2f}, {busy:.2f}", f"{peak / GIB:.2f}", f"{result / GIB:.2f}",
                 f"{(peak - result) / (largest * itemsize):.2f}",
             ])  # fmt: skip
     head = [
-        "loaded as", "GB/s of the file", "raw read GB/s", "loading / reading", "peak GiB",
-        "result GiB", "more than the result, in largest tensors",
+        "loaded as", "GB/s of the file", "raw read GB/s", "loading / reading",
+        "processor s, reading and loading", "peak GiB", "result GiB",
+        "more than the result, in largest tensors",
     ]  # fmt: skip
     print(table(head, rows))
 
