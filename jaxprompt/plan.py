@@ -35,7 +35,8 @@ _TERA = 1e12
 def main(args: argparse.Namespace) -> int:
     """The command: `jaxprompt plan CONFIG [key=value ...] --topology T [T ...] [--search]`.
 
-    Returns: the exit code: 2 where the compiler failed for every one of several topologies.
+    Returns: the exit code: 2 where the compiler failed for every one of several topologies, 130
+      for a search that Ctrl-C ended, which still says what it found.
     """
     names = [name for name in args.topology if "=" not in name]
     typed = [*args.overrides, *(name for name in args.topology if "=" in name)]
@@ -47,8 +48,7 @@ def main(args: argparse.Namespace) -> int:
     config, prompts = first_bank(args.config, typed)
     topologies = open_topologies(names)
     if args.search:
-        _search(args, typed, topologies[0], prompts)
-        return 0
+        return _search(args, typed, topologies[0], prompts)
     estimates: list[Estimate] = []
     failed: list[str] = []
     for number, topology in enumerate(topologies, start=1):
@@ -215,8 +215,8 @@ def _assumed(estimates: Sequence[Estimate]) -> list[str]:
 
 def _search(
     args: argparse.Namespace, typed: Sequence[str], topology: Topology, prompts: int
-) -> None:
-    """The ranking, what was left out, the winner as a config."""
+) -> int:
+    """The ranking, what was left out, the winner as a config; the exit code."""
     if args.output and prompts > 1:
         raise UserError("--output writes one run's config, and this is a sweep: leave it out")
 
@@ -231,6 +231,8 @@ def _search(
             print(json.dumps({"settings": one.settings, **own}))
     else:
         print(_ranking(found.ranking))
+    if found.stopped:
+        _say("stopped before all was tried: this is of what was")
     for settings, reason in found.skipped:
         _say(f"left out: {' '.join(overrides(settings))}: {reason}")
     best = next((one for one in found.ranking if one.estimate.fits), None)
@@ -242,6 +244,7 @@ def _search(
     else:
         words = shlex.join(["jaxprompt", "train", args.config, *typed, *overrides(best.settings)])
         _say(f"the best: {words}")
+    return 130 if found.stopped else 0
 
 
 def _ranking(ranking: Sequence[Tried]) -> str:

@@ -244,6 +244,26 @@ def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pyt
     assert ("nothing to divide weights over") in [reason for _, reason in found.skipped]
 
 
+def test_a_search_that_is_stopped_keeps_what_it_found(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    calls: list[int] = []
+    enough = stand_in({1: 50.0}, 110.0, calls)
+
+    def until_ctrl_c(config: Any, topology: Topology, prompts: int) -> Estimate:
+        if calls:
+            raise KeyboardInterrupt
+        return enough(config, topology, prompts)
+
+    monkeypatch.setattr(search, "estimate_apart", until_ctrl_c)
+    best = tmp_path / "best.yaml"
+    argv = ["--topology", "cpu:1", "--search", "--try", "backbone.remat=none,full"]
+    code, out, err = plan(capsys, world.config, *argv, "--output", best)
+    assert (code, calls) == (130, [1])
+    assert re.search(r"^1 +1 x 1 .* none ", out, re.MULTILINE) and "stopped before all" in err
+    assert load_config(best).backbone.remat == "none"
+
+
 def test_what_a_layer_keeps_is_tried_on_the_best_mesh(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):

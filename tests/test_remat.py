@@ -19,7 +19,7 @@ from benchmarks.common import Shapes, make_step, random_batch
 from jaxprompt.planning.flops import equations, matmul_flops, step_terms
 from jaxprompt.sharding import make_mesh
 from jaxprompt.t5.config import REMAT_POLICIES, Compute, T5Config
-from jaxprompt.t5.remat import BESIDE, KEPT, crosses_at_once, kept_bytes, settled
+from jaxprompt.t5.remat import BESIDE, CHEAP_TO_PROJECT, KEPT, crosses_at_once, kept_bytes, settled
 
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=5, num_decoder_layers=3)
 SHAPES = Shapes(rows=2, tokens=6, slots=3, targets=4)
@@ -120,21 +120,24 @@ def test_only_what_activation_gradients_need_is_kept():
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_auto_keeps_most_of_what_fits(gated: bool):
-    config = dataclasses.replace(CONFIG, gated=gated)
+    config = dataclasses.replace(CONFIG, gated=gated, d_model=CHEAP_TO_PROJECT + 4)
     mesh = make_mesh(2, 2)
 
-    def policy(room: float | None, **compute: Any) -> str:
-        auto = Compute("bfloat16", remat="auto", room=room, **compute)
+    bfloat16 = Compute("bfloat16")
+
+    def policy(room: float | None, config: T5Config = config) -> str:
+        auto = dataclasses.replace(bfloat16, remat="auto", room=room)
         return settled(auto, config, 8, 64).remat
 
     assert policy(None) == "none"
     assert policy(0) == "full"
-    needed = {
-        remat: BESIDE * kept_bytes(remat, Compute("bfloat16"), config, 8, 64) for remat in KEPT
-    }
+    needed = {remat: BESIDE * kept_bytes(remat, bfloat16, config, 8, 64) for remat in KEPT}
     for room in (*needed.values(), *(least - 1 for least in needed.values())):
         fitting = [remat for remat, least in needed.items() if least <= room]
         assert policy(room) == [*fitting, "full"][0]
+    small = dataclasses.replace(config, d_model=CHEAP_TO_PROJECT)
+    assert policy(1e12, small) == "frozen_mlp" and policy(1e12) == "frozen"
+    assert policy(BESIDE * kept_bytes("frozen_mlp", bfloat16, small, 8, 64) - 1, small) == "full"
     whole = kept_bytes("frozen", Compute(mesh=mesh), config, 8, 64)
     parts = kept_bytes("frozen", Compute(mesh=mesh, rows_over_model=True), config, 8, 64)
     assert 2 * whole < kept_bytes("frozen", Compute(), config, 8, 64) == 4 * parts

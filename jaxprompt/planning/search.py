@@ -35,10 +35,12 @@ class Found:
     Attributes:
       ranking: best first; those that do not fit come last.
       skipped: settings that were not compiled, and why.
+      stopped: by Ctrl-C, before all was tried.
     """
 
     ranking: Sequence[Tried]
     skipped: Sequence[tuple[Settings, str]]
+    stopped: bool = False
 
 
 def _mesh_models(topology: Topology) -> list[int]:
@@ -76,7 +78,8 @@ def search(
 
     Weights that fill a chip by themselves are not compiled. Microbatches get smaller only where a
     step does not fit, and then at once by as much as it lacks. Where nothing fits, all is tried
-    again with int8 weights. Of "auto" the policy that it came to is told.
+    again with int8 weights. Of "auto" the policy that it came to is told. Ctrl-C ends a search, not
+    what it has found.
 
     Args:
       config_with: the run's config under some settings.
@@ -111,25 +114,32 @@ def search(
         say(f"{compilations}: {' '.join(overrides(settings))}: {line}")
         return found
 
-    for smaller in ({}, _SMALLER):
-        for settings in _product(values):
-            settings = {**settings, **smaller}
-            reason = _hopeless(config_with, topology, settings)
-            if reason:
-                skipped.append((settings, reason))
-                continue
-            _shrink_until_it_fits(compiled, settings, values[_GROWS])
-        if any(one.estimate.fits for one in tried) or _SMALLER.keys() & values.keys():
-            break
-    for key in _WAIT:
-        best = _ranked(tried)[:1]
-        for value in values[key]:
-            settings = _on(best, key, value)
-            if settings and key == "backbone.remat":  # it keeps less, or more
+    def try_all() -> None:
+        for smaller in ({}, _SMALLER):
+            for settings in _product(values):
+                settings = {**settings, **smaller}
+                reason = _hopeless(config_with, topology, settings)
+                if reason:
+                    skipped.append((settings, reason))
+                    continue
                 _shrink_until_it_fits(compiled, settings, values[_GROWS])
-            elif settings:
-                compiled(settings)
-    return Found(_ranked(tried), skipped)
+            if any(one.estimate.fits for one in tried) or _SMALLER.keys() & values.keys():
+                break
+        for key in _WAIT:
+            best = _ranked(tried)[:1]
+            for value in values[key]:
+                settings = _on(best, key, value)
+                if settings and key == "backbone.remat":  # it keeps less, or more
+                    _shrink_until_it_fits(compiled, settings, values[_GROWS])
+                elif settings:
+                    compiled(settings)
+
+    stopped = False
+    try:
+        try_all()
+    except KeyboardInterrupt:
+        stopped = True
+    return Found(_ranked(tried), skipped, stopped)
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:

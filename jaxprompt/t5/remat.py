@@ -28,12 +28,18 @@ KEPT = {
 
 BESIDE = 1.5  # bytes that a step takes beside weights, over those it keeps: compiled for v5e, XXL
 
+# To make queries, keys and values again takes d_model FLOPs for each of their bytes, to keep one a
+# write, a change of layout and a read. Up to this d_model (T5-XL's) the TPU compiler's estimates
+# have fewer cycles for the former, at XXL's 4096 for the latter: docs/plan.md.
+CHEAP_TO_PROJECT = 2048
+
 
 def settled(compute: Compute, config: T5Config, rows: int, encoder: int) -> Compute:
-    """With a policy where `remat` is "auto": what keeps most of what fits `compute.room`.
+    """With a policy where `remat` is "auto": of what fits `compute.room`, the fewest cycles.
 
-    That is the first of "frozen", "frozen_mlp", "frozen_attention" that fits, else "full"; "none"
-    where the room is unknown, as it is on CPU and where weights are trained.
+    That is the first of "frozen", "frozen_mlp", "frozen_attention" that fits, up to a d_model of
+    `CHEAP_TO_PROJECT` "frozen_mlp" alone; else "full". It is "none" where the room is unknown, as
+    it is on CPU and where weights are trained.
 
     Args:
       rows, encoder: B and S of the batch, both of all devices together.
@@ -42,9 +48,10 @@ def settled(compute: Compute, config: T5Config, rows: int, encoder: int) -> Comp
         return compute
     remat = "none"
     if compute.room is not None:
+        worth = KEPT if config.d_model > CHEAP_TO_PROJECT else ("frozen_mlp",)
         fitting = [
             policy
-            for policy in KEPT
+            for policy in worth
             if BESIDE * kept_bytes(policy, compute, config, rows, encoder) <= compute.room
         ]
         remat = fitting[0] if fitting else "full"
