@@ -138,6 +138,8 @@ def test_auto_keeps_most_of_what_fits(gated: bool):
     small = dataclasses.replace(config, d_model=CHEAP_TO_PROJECT)
     assert policy(1e12, small) == "frozen_mlp" and policy(1e12) == "frozen"
     assert policy(BESIDE * kept_bytes("frozen_mlp", bfloat16, small, 8, 64) - 1, small) == "full"
+    divided = Compute("bfloat16", remat="auto", room=1e12, mesh=mesh)
+    assert settled(divided, small, 8, 64).remat == "frozen"
     whole = kept_bytes("frozen", Compute(mesh=mesh), config, 8, 64)
     parts = kept_bytes("frozen", Compute(mesh=mesh, rows_over_model=True), config, 8, 64)
     assert 2 * whole < kept_bytes("frozen", Compute(), config, 8, 64) == 4 * parts

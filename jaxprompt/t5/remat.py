@@ -30,16 +30,17 @@ BESIDE = 1.5  # bytes that a step takes beside weights, over those it keeps: com
 
 # To make queries, keys and values again takes d_model FLOPs for each of their bytes, to keep one a
 # write, a change of layout and a read. Up to this d_model (T5-XL's) the TPU compiler's estimates
-# have fewer cycles for the former, at XXL's 4096 for the latter: docs/plan.md.
+# have fewer cycles for the former, at XXL's 4096 for the latter. Where heads are divided, rows have
+# to be exchanged again for it, which costs more than it saves. docs/plan.md has the figures.
 CHEAP_TO_PROJECT = 2048
 
 
 def settled(compute: Compute, config: T5Config, rows: int, encoder: int) -> Compute:
     """With a policy where `remat` is "auto": of what fits `compute.room`, the fewest cycles.
 
-    That is the first of "frozen", "frozen_mlp", "frozen_attention" that fits, up to a d_model of
-    `CHEAP_TO_PROJECT` "frozen_mlp" alone; else "full". It is "none" where the room is unknown, as
-    it is on CPU and where weights are trained.
+    That is the first of "frozen", "frozen_mlp", "frozen_attention" that fits, or "frozen_mlp" alone
+    for undivided heads and a d_model up to `CHEAP_TO_PROJECT`; else "full". It is "none" where the
+    room is unknown, as it is on CPU and where weights are trained.
 
     Args:
       rows, encoder: B and S of the batch, both of all devices together.
@@ -48,7 +49,9 @@ def settled(compute: Compute, config: T5Config, rows: int, encoder: int) -> Comp
         return compute
     remat = "none"
     if compute.room is not None:
-        worth = KEPT if config.d_model > CHEAP_TO_PROJECT else ("frozen_mlp",)
+        alone = compute.mesh is None or compute.mesh.shape["model"] == 1
+        cheap = alone and config.d_model <= CHEAP_TO_PROJECT
+        worth = ("frozen_mlp",) if cheap else tuple(KEPT)
         fitting = [
             policy
             for policy in worth
