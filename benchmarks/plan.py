@@ -2,10 +2,12 @@
 
 python -m benchmarks.plan --topology v5e:2x2 --sizes small base large xl xxl
 
-Nothing is cached between rows; memory is the peak of this process so far.
+Nothing is cached between rows; memory is the peak of this process so far. `mesh.model` is as wide as
+heads and devices let it be, unless it is given.
 """
 
 import argparse
+import math
 import time
 
 from benchmarks.common import SIZES, machine, peak_bytes, table
@@ -33,8 +35,9 @@ def main() -> None:
     for topology in open_topologies(args.topology):
         for size in args.sizes:
             name = f"backbone.name=google/t5-{size}-lm-adapt"
-            config = load_config(args.config, ["mesh.data=-1", name, *args.overrides])
-            t5 = planned_config(config.backbone.name, config.backbone.revision)
+            t5 = planned_config(f"google/t5-{size}-lm-adapt", None)
+            wide = f"mesh.model={math.gcd(t5.num_heads, len(topology.devices))}"
+            config = load_config(args.config, ["mesh.data=-1", wide, name, *args.overrides])
             start = time.perf_counter()
             mesh = make_mesh(config.mesh.data, config.mesh.model, topology.devices)
             shape = step_shape(config, t5, mesh.shape["data"])
