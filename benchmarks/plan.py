@@ -2,8 +2,8 @@
 
 python -m benchmarks.plan --topology v5e:2x2 --sizes small base large xl xxl
 
-Nothing is cached between rows; memory is the peak of this process so far. `mesh.model` is as wide as
-heads and devices let it be, unless it is given.
+Nothing is cached between rows; memory is the peak of this process so far. `mesh.model` is as wide
+as heads and devices let it be, unless it is given.
 """
 
 import argparse
@@ -34,10 +34,12 @@ def main() -> None:
     rows = []
     for topology in open_topologies(args.topology):
         for size in args.sizes:
-            name = f"backbone.name=google/t5-{size}-lm-adapt"
-            t5 = planned_config(f"google/t5-{size}-lm-adapt", None)
+            name = f"google/t5-{size}-lm-adapt"
+            t5 = planned_config(name)
             wide = f"mesh.model={math.gcd(t5.num_heads, len(topology.devices))}"
-            config = load_config(args.config, ["mesh.data=-1", wide, name, *args.overrides])
+            config = load_config(
+                args.config, ["mesh.data=-1", wide, f"backbone.name={name}", *args.overrides]
+            )
             start = time.perf_counter()
             mesh = make_mesh(config.mesh.data, config.mesh.model, topology.devices)
             shape = step_shape(config, t5, mesh.shape["data"])

@@ -43,7 +43,8 @@ class Cloud:
         (directory / "buckets/bucket").mkdir(parents=True)
         self.scripts = self._checkout() / "tpu_scripts"
         (directory / "bin").mkdir()
-        for name in ("gcloud", "xpk", "kubectl", "uv", "python", "hostname"):
+        clouds, here = ("gcloud", "xpk", "kubectl"), ("uv", "python", "hostname")
+        for name in (*clouds, *here, "gcsfuse", "mountpoint", "fusermount"):
             program = directory / "bin" / name
             program.write_text(
                 f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S "

@@ -1,4 +1,4 @@
-"""Stands in for gcloud, xpk, kubectl, and for uv and Python on a worker (cloud.py).
+"""Stands in for gcloud, xpk, kubectl, and for what a worker has: uv, Python, mounts (cloud.py).
 
 Called with the name of what it stands in for. Every call is a line of `calls.jsonl`; buckets and
 the workers' homes are directories; `ssh` really runs its command in them. `plan.json` says what
@@ -216,6 +216,22 @@ def python(words: list[str]) -> int:
     return int(str(entry or 0))
 
 
+def mount(name: str, words: list[str]) -> int:
+    """A bucket's directory as a link; what is mounted is what is one."""
+    place = Path(words[-1])
+    if name == "mountpoint":
+        return 0 if place.is_symlink() else 1
+    if name == "fusermount":
+        place.unlink()
+        return 0
+    if planned("gcsfuse") is not None:
+        return fail("Error: bucket does not exist")
+    below = next((word for word in words if word.startswith("--only-dir=")), "").partition("=")[2]
+    place.rmdir()
+    place.symlink_to(BUCKETS / words[-2] / below)
+    return 0
+
+
 def main(name: str, words: list[str]) -> int:
     if name == "end":
         lose_workers()
@@ -227,6 +243,8 @@ def main(name: str, words: list[str]) -> int:
         return 0
     if name in ("uv", "python"):
         return {"uv": uv, "python": python}[name](words)
+    if name in ("gcsfuse", "mountpoint", "fusermount"):
+        return mount(name, words)
     if name in ("xpk", "kubectl"):
         trouble = planned(" ".join([name, *words[:2]]))
         print(trouble or "")

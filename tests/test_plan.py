@@ -245,7 +245,10 @@ def test_microbatches_shrink_by_what_a_step_lacks(world: World, monkeypatch: pyt
 
 
 def test_a_search_that_is_stopped_keeps_what_it_found(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     calls: list[int] = []
     enough = stand_in({1: 50.0}, 110.0, calls)

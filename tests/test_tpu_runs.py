@@ -101,6 +101,41 @@ def test_of_several_workers_the_first_one_writes(cloud: Cloud):
     assert len(cloud.metrics()) == 1
 
 
+def test_backbones_are_mounted_from_a_bucket(cloud: Cloud):
+    """Read only, on every worker, again after a reboot, another one after another setup."""
+    (cloud.directory / "workers").write_text("2")
+    for name in ("one", "two"):
+        (cloud.directory / f"buckets/b/models/{name}").mkdir(parents=True)
+    cloud.write_env("MODELS=gs://b/models/one")
+    cloud.call("create")
+    cloud.call("setup")
+    homes = [cloud.directory / f"homes/worker{number}/jaxprompt" for number in (0, 1)]
+    mounts = [
+        ["gcsfuse", "-o", "ro", "--implicit-dirs", "--only-dir=models/one", "b", f"{home}/models"]
+        for home in homes
+    ]
+    assert cloud.calls("gcsfuse") == mounts
+    cloud.write_env("MODELS=gs://b/models/two")
+    cloud.call("setup")
+    assert [(home / "models").resolve().name for home in homes] == ["two", "two"]
+    for home in homes:
+        (home / "models").unlink()  # as a reboot leaves it
+    cloud.call("run", "train", "x", "backbone.name=models/xxl")
+    cloud.wait_until(lambda: "done" in cloud.signs())
+    assert [(home / "work/models").resolve().name for home in homes] == ["two", "two"]
+
+
+def test_a_bucket_that_cannot_be_mounted_fails_the_setup(cloud: Cloud):
+    cloud.write_env("MODELS=gs://b")
+    cloud.plan(gcsfuse=["denied"] * 3)
+    cloud.call("create")
+    assert "could be set up" in cloud.call("setup", code=1).stderr
+    assert cloud.calls("gcsfuse")[0][-2:] == [
+        "b",
+        f"{cloud.directory}/homes/worker0/jaxprompt/models",
+    ]
+
+
 def test_a_failure_of_any_worker_is_one_of_the_run(cloud: Cloud):
     (cloud.directory / "workers").write_text("2")
     cloud.plan(run=["long", 2])

@@ -59,6 +59,8 @@ def test_the_example_is_a_whole_env_file(cloud: Cloud):
         (["PROVISIONING=flex-start"], [], "wants MAX_RUN_DURATION"),
         (["SLICES=0"], [], "SLICES is '0'"),
         (["CHIP_HOUR=cheap"], [], "CHIP_HOUR is 'cheap'"),
+        (["MODELS=models"], [], "MODELS is 'models', it must start with gs://"),
+        (["MODELS=gs://b", "PLATFORM=gke", "CLUSTER=c", "IMAGE=i"], [], "MODELS is for TPU VMs"),
         (["PLATFORM=aws"], [], "PLATFORM is 'aws'"),
         (["PLATFORM=gke"], [], "CLUSTER is not set"),
         ([], ["--wat"], "does not know '--wat'"),
@@ -147,6 +149,8 @@ def test_setup_shows_its_commands(cloud: Cloud):
     assert copy[:3] == ["gcloud", "storage", "cp"] and copy[4:] == [source, "--quiet"]
     assert ssh[:-1] == workers("")[:-1]
     assert source in ssh[-1] and ssh[-1].endswith("worker install")
+    cloud.write_env("MODELS=gs://b/models/")
+    assert cloud.dry("setup")[1][-1].endswith("worker install gs://b/models")
 
 
 def test_run_shows_its_commands(cloud: Cloud, tmp_path: Path):

@@ -7,7 +7,7 @@ repository=$(dirname "$here")
 script=$(basename "$0")
 
 known=(PROJECT ZONE NAME BUCKET ACCELERATOR_TYPE RUNTIME_VERSION PROVISIONING SLICES CHIP_HOUR
-  MAX_RUN_DURATION VALID_UNTIL SERVICE_ACCOUNT PLATFORM CLUSTER IMAGE)
+  MAX_RUN_DURATION VALID_UNTIL SERVICE_ACCOUNT MODELS PLATFORM CLUSTER IMAGE)
 poll_seconds=${POLL_SECONDS:-30}    # between two looks at something that takes long
 retry_seconds=${RETRY_SECONDS:-10}  # before the first new attempt; doubles
 dry_run=false
@@ -113,6 +113,10 @@ check_env() {
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || refuse "$1: SLICES is '$SLICES', it must be a number above 0"
   [[ -z ${CHIP_HOUR-} || $CHIP_HOUR =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
     refuse "$1: CHIP_HOUR is '$CHIP_HOUR', it must be a number, dollars"
+  [[ -z ${MODELS-} || $MODELS =~ ^gs://[a-z0-9] ]] ||
+    refuse "$1: MODELS is '$MODELS', it must start with gs://"
+  [[ -z ${MODELS-} || $PLATFORM != gke ]] ||
+    refuse "$1: MODELS is for TPU VMs; on GKE 'xpk storage create --type=gcsfuse' mounts a bucket"
   [[ $PROVISIONING != flex-start || $PLATFORM == gke || -n ${MAX_RUN_DURATION-} ]] ||
     refuse "$1: PROVISIONING=flex-start wants MAX_RUN_DURATION, such as 24h"
 }
