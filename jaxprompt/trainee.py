@@ -132,6 +132,10 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
     if config.distil.is_on:
         rows, likeness = teacher(config, backbone)
         options = dataclasses.replace(options, distil=config.distil.distances(likeness))
+    if config.regularize.masks:
+        tokenizer = backbone.tokenizer
+        mask_ids = tokenizer.sentinel_id(0), tokenizer.eos_id
+        options = dataclasses.replace(options, mask_ids=mask_ids)
     return Trainee(name, config, parts, source, encoder, steps, options, rows)
 
 
