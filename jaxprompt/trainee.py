@@ -122,6 +122,11 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
             "several (task: {mixture: [NAME, NAME]}), or go on from what was trained on several "
             "with method.init=prompt and method.init_path"
         )
+    if config.data.tasks_per_batch != "all" and not mixture:
+        raise UserError(
+            f"data.tasks_per_batch is {config.data.tasks_per_batch!r}, and the run has one task: "
+            "give several (task: {mixture: [NAME, NAME]})"
+        )
     parts = [_make_part(name, part_config(config, name), backbone) for name in (mixture or [""])]
     source, encoder = parts[0].source, parts[0].encoder
     if mixture:
