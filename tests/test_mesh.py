@@ -119,10 +119,11 @@ def test_rows_divided_over_model_train_the_same(
     assert {x.ndim for x in spread} == {3}
 
 
-# `prefix` hands over what `p-tuning-v2` does, `dept` what `adept`, `smop`, `pt-moe` and `multitask`
-# what `attempt` and `mpt` do, and the rest what `soft` does, which the runs above train.
+# `prefix` hands over what `p-tuning-v2` does, `dept` what `adept`; `smop`, `pt-moe`, `mpt` and
+# `multitask`, a prompt for each segment, what `attempt`; the rest what `soft`, which the runs above
+# train.
 VALUES = {"p-tuning-v2": {"places": ["encoder", "decoder", "cross"]}, "per-layer": {}, "adept": {},
-          "attempt": {}, "mpt": {}}  # fmt: skip
+          "attempt": {}}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", VALUES)
