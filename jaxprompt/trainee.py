@@ -14,7 +14,7 @@ from jaxprompt.backbone import Backbone
 from jaxprompt.borrowed import digests, teacher
 from jaxprompt.config import RunConfig, step_options, with_tasks
 from jaxprompt.data.encoder import TaskEncoder
-from jaxprompt.data.layout import Layout
+from jaxprompt.data.layout import Layout, counted_slots
 from jaxprompt.data.mixture import MixedEncoder, MixedSource, rates_of
 from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.data.sources import Source
@@ -288,6 +288,12 @@ def _check(config: RunConfig, encoder: TaskEncoder, sources: Sequence[Source]) -
         raise UserError(
             f"train.metric is {config.train.metric!r}, task {config.task.name} has "
             f"{', '.join(task.metrics)}"
+        )
+    counted = config.tune == "prompt" and counted_slots(config.layout)
+    if counted and not slots_of(config.method):
+        raise UserError(
+            f"the layout {config.layout!r} counts {counted} slots, and what method "
+            f"{config.method.name} trains stands in none; leave the count out"
         )
     if config.regularize.reads_slots and not slots_of(config.method):
         raise UserError(
