@@ -122,8 +122,8 @@ class SomeTasks:
     twice; these take turns in the batch. Which tasks is a function of seed and batch; a task's rows
     come in its own order, none left out.
 
-    Source: Wang et al. 2023, arXiv 2303.02861, section 3.3, as in `loader.py` of XYaoooo/DPT, whose
-      code is MPT's; there what K does not divide goes to any of the tasks, here to the first.
+    Source: Wang et al. 2023, arXiv 2303.02861, as `loader.py` of XYaoooo/DPT has it, which is built
+      on MPT's code; there what K does not divide goes to any of the tasks, here to the first.
     """
 
     def __init__(self, orders: Sequence[Any], rates: Sequence[float], batch_size: int, seed: int):
