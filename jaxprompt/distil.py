@@ -26,9 +26,9 @@ class DistilConfig:
     MPT (Wang et al. 2023, arXiv 2303.02861, section 3.2): every task of the run has a teacher of
     its own; added are `kl` times KL(teacher || student) of the target tokens' distributions, both
     at `temperature`, and `hidden` times the mean squared distance of hidden states. That, and that
-    its one weight counts for both, is from memory of the paper: its text and code were not at hand,
-    nor the numbers, so the weights here are ours. So is which hidden states: the last of encoder
-    and decoder, and that KL has no factor temperature^2.
+    its one weight counts for both, is from memory of the paper: its text was not at hand, and of
+    its code only what XYaoooo/DPT kept, without distillation; so the weights here are ours. So is
+    which hidden states: the last of encoder and decoder, and that KL has no factor temperature^2.
 
     Attributes:
       prompt: PANDA's teacher, a soft prompt of the same backbone and length; empty = none.

@@ -16,7 +16,7 @@ import optax
 from jaxprompt.distil import NO_TEACHER, Distances
 from jaxprompt.losses import cross_entropy, segment_sums, token_weights
 from jaxprompt.prompts.bank import bank_of, members
-from jaxprompt.regularize import RegularizeConfig, noise_for
+from jaxprompt.regularize import RegularizeConfig, masked, noise_for
 from jaxprompt.t5.decode import Generated
 from jaxprompt.t5.search import Rules
 from jaxprompt.t5.stepwise import Draw, Halted
@@ -63,6 +63,7 @@ class StepOptions:
       distil: weights of the distances to the teacher, added to the loss of every target token.
       regularize: what holds prompts back, but for the pull towards a text, which is an argument.
       wayward: weight of that pull.
+      mask_ids: of the vocabulary, for `regularize.masked`: the mask and the end token.
     """
 
     z_loss: float = 0.0
@@ -73,6 +74,7 @@ class StepOptions:
     distil: Distances = NO_TEACHER
     regularize: RegularizeConfig = RegularizeConfig()
     wayward: float = 0.0
+    mask_ids: tuple[int, int] = (0, 1)
 
 
 Optimizers = Sequence[optax.GradientTransformation]
@@ -124,8 +126,8 @@ def gradients(
     def weighted_sum(trained: ArrayTree, part: Batch) -> tuple[Array, dict[str, Array]]:
         model = merge(graphdef, trained, frozen)
         keys_B = _row_keys(state, part) if draws else None
-        run = functools.partial(_weighted_losses, part=part, options=options, keys_B=keys_B)
-        loss_BT, units_B, logits_BTV, parts = run(model)
+        run = functools.partial(_weighted_losses, options=options, keys_B=keys_B)
+        loss_BT, units_B, logits_BTV, parts = run(model, part)
         right_BT = (jnp.argmax(logits_BTV, axis=-1) == part.targets_BT) * part.loss_weights_BT
         owner_B = part.prompt_index_BG[:, 0]
         sums = {
@@ -136,13 +138,17 @@ def gradients(
             "examples": jnp.sum(part.example_index_BG >= 0, axis=1, dtype=jnp.float32),
             **{name: jnp.sum(own_BT, axis=1) for name, own_BT in parts.items()},
         }
-        if extras.noise:
+        noisy = functools.partial(run, is_noisy=True)
+        if extras.masks:
+            without = masked(extras, part, keys_B, *options.mask_ids)
+            sums["loss"] += extras.noise * jnp.sum(noisy(model, without)[0], axis=1)
+        elif extras.noise:
             attacked = merge(graphdef, jax.lax.stop_gradient(trained), frozen)
             noise_BSD = noise_for(
                 extras, part, attacked.backbone.config.d_model, keys_B,
-                lambda noise_BSD: jnp.sum(run(attacked, noise_BSD)[0]),
+                lambda noise_BSD: jnp.sum(noisy(attacked, part, noise_BSD)[0]),
             )  # fmt: skip
-            sums["loss"] += extras.noise * jnp.sum(run(model, noise_BSD)[0], axis=1)
+            sums["loss"] += extras.noise * jnp.sum(noisy(model, part, noise_BSD)[0], axis=1)
         count = len(state.live)
         total = jnp.sum(sums["loss"])
         of_each = {name: jax.ops.segment_sum(sum_B, owner_B, count) for name, sum_B in sums.items()}
@@ -161,20 +167,24 @@ def gradients(
 
 def _weighted_losses(
     model: Any,
+    part: Batch,
     noise_BSD: Array | None = None,
     *,
-    part: Batch,
     options: StepOptions,
     keys_B: Array | None,
+    is_noisy: bool = False,
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """Weighted loss of every target [B, T], units of each row [B], logits [B, T, V], loss parts."""
+    """Weighted loss of every target [B, T], units of each row [B], logits [B, T, V], loss parts.
+
+    Under noise there is no teacher.
+    """
     own = model.outputs(
         part, dropout_rate=options.dropout_rate, dropout_key=keys_B,
         prompt_dropout=options.regularize.prompt_dropout, noise_BSD=noise_BSD,
     )  # fmt: skip
     loss_BT = cross_entropy(own.logits_BTV, part.targets_BT, options.z_loss)
     parts: dict[str, Array] = {}
-    if hasattr(model, "teacher") and noise_BSD is None:
+    if hasattr(model, "teacher") and not is_noisy:
         # of prompts trained together all have the same parts, those without a teacher zeros
         parts = {name: jnp.zeros_like(loss_BT) for name in LOSS_PARTS} | {LOSS_PARTS[0]: loss_BT}
         if options.distil:

@@ -156,10 +156,10 @@ def _settings(runs: Sequence[SweptRun], results: Mapping[str, TrainResult]) -> l
     """Runs by what they differ in beside the seed."""
     groups: dict[str, list[SweptRun]] = {}
     for run in runs:
-        own = {key: value for key, value in run.values.items() if key != _REPEATS}
-        groups.setdefault(", ".join(f"{key} {_word(v)}" for key, v in own.items()), []).append(run)
+        groups.setdefault(json.dumps(_setting(run)), []).append(run)
     settings = []
-    for name, group in groups.items():
+    for group in groups.values():
+        name = ", ".join(f"{key} {_word(value)}" for key, value in _setting(group[0]).items())
         scored = {
             run.name: results[run.name].score
             for run in group
@@ -175,6 +175,11 @@ def _settings(runs: Sequence[SweptRun], results: Mapping[str, TrainResult]) -> l
             first.baseline("majority"),
         ))  # fmt: skip
     return settings
+
+
+def _setting(run: SweptRun) -> dict[str, Any]:
+    """What the sweep sets of a run, the seed aside."""
+    return {key: value for key, value in run.values.items() if key != _REPEATS}
 
 
 def _told(
@@ -205,8 +210,8 @@ def _told(
 
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
-        return str(value.get("preset") or value.get("name") or "?")
-    return str(value)
+        value = value.get("preset") or value.get("name") or (json.dumps(value) if value else "")
+    return str(value) or "none"
 
 
 def _title(plan: Sweep) -> str:

@@ -143,8 +143,9 @@ def _names(values: Sequence[Any]) -> list[str]:
     words = []
     for value in values:
         if isinstance(value, Mapping):
-            value = value.get("preset") or value.get("name") or "value"
-        words.append(re.sub(r"[^\w.+-]+", "-", str(value)).strip("-") or "value")
+            value = value.get("preset") or value.get("name") or ("value" if value else "")
+        word = re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+        words.append(word or ("value" if value else "none"))
     counts = Counter(words)
     return [
         word if counts[word] == 1 else f"{word}-{number}" for number, word in enumerate(words, 1)

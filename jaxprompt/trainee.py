@@ -14,7 +14,7 @@ from jaxprompt.backbone import Backbone
 from jaxprompt.borrowed import digests, teacher
 from jaxprompt.config import RunConfig, step_options, with_tasks
 from jaxprompt.data.encoder import TaskEncoder
-from jaxprompt.data.layout import Layout
+from jaxprompt.data.layout import Layout, counted_slots
 from jaxprompt.data.mixture import MixedEncoder, MixedSource, rates_of
 from jaxprompt.data.pipeline import TrainBatches
 from jaxprompt.data.sources import Source
@@ -122,6 +122,11 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
             "several (task: {mixture: [NAME, NAME]}), or go on from what was trained on several "
             "with method.init=prompt and method.init_path"
         )
+    if config.data.tasks_per_batch != "all" and not mixture:
+        raise UserError(
+            f"data.tasks_per_batch is {config.data.tasks_per_batch!r}, and the run has one task: "
+            "give several (task: {mixture: [NAME, NAME]})"
+        )
     parts = [_make_part(name, part_config(config, name), backbone) for name in (mixture or [""])]
     source, encoder = parts[0].source, parts[0].encoder
     if mixture:
@@ -132,6 +137,10 @@ def make_trainee(name: str, config: RunConfig, backbone: Backbone) -> Trainee:
     if config.distil.is_on:
         rows, likeness = teacher(config, backbone)
         options = dataclasses.replace(options, distil=config.distil.distances(likeness))
+    if config.regularize.masks:
+        tokenizer = backbone.tokenizer
+        mask_ids = tokenizer.sentinel_id(0), tokenizer.eos_id
+        options = dataclasses.replace(options, mask_ids=mask_ids)
     return Trainee(name, config, parts, source, encoder, steps, options, rows)
 
 
@@ -279,6 +288,12 @@ def _check(config: RunConfig, encoder: TaskEncoder, sources: Sequence[Source]) -
         raise UserError(
             f"train.metric is {config.train.metric!r}, task {config.task.name} has "
             f"{', '.join(task.metrics)}"
+        )
+    counted = config.tune == "prompt" and counted_slots(config.layout)
+    if counted and not slots_of(config.method):
+        raise UserError(
+            f"the layout {config.layout!r} counts {counted} slots, and what method "
+            f"{config.method.name} trains stands in none; leave the count out"
         )
     if config.regularize.reads_slots and not slots_of(config.method):
         raise UserError(

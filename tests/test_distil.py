@@ -15,6 +15,7 @@ from run_fixtures import (
     World,
     assert_same_end,
     compiled,
+    losses,
     mixture_of,
     records,
     source_of,
@@ -36,6 +37,8 @@ from jaxprompt.prompts.similarity import average_tokens
 from jaxprompt.prompts.soft import FixedPrompt, SoftPrompt
 from jaxprompt.sharding import make_mesh
 from jaxprompt.steps import StepOptions
+from jaxprompt.sweep import sweep
+from jaxprompt.sweep_config import load_sweep
 from jaxprompt.t5.config import Compute
 from jaxprompt.t5.model import T5
 from jaxprompt.train import train
@@ -197,6 +200,29 @@ def test_a_mixture_with_a_teacher_for_each_task_goes_on_to_the_bit(world: World,
     }.items():
         with pytest.raises(UserError, match=message):
             train(world.load(tmp_path / "run", *options, *option))
+
+
+def test_a_sweep_of_prompts_with_and_without_a_teacher(world: World, tmp_path: Path):
+    """Each as its own run, whatever teaches the others; the table keeps them apart."""
+    teacher = str(source_of(world, "teacher"))
+    taught = [{}, {"teachers": {"tiny": teacher}}]
+    options = [*OPTIONS, "train.steps=2", f"sweep.distil={json.dumps(taught)}"]
+    plan = load_sweep(world.config, [*options, f"output_dir={tmp_path / 'sweep'}"])
+    settings = sweep(plan).settings
+    assert [len(one.scores) for one in settings] == [1, 1]
+    assert settings[0].name == "distil none" and teacher in settings[1].name
+    for number, run in enumerate(plan.runs):
+        together, own = Path(run.config.output_dir), tmp_path / str(number)
+        train(dataclasses.replace(run.config, output_dir=str(own)))
+        np.testing.assert_allclose(losses(together), losses(own), rtol=1e-5)
+        left, right = (load_artifact(place / "prompt").values for place in (together, own))
+        np.testing.assert_allclose(left["prompt"], right["prompt"], atol=1e-5)
+        for record in records(together):
+            if "loss" in record:
+                added = record["distil_logits"], record["distil_hidden"]
+                assert [value > 0 for value in added] == [number > 0, number > 0]
+    swept = load_sweep(world.config, [f'sweep.distil.prompt=["", "{teacher}"]', *OPTIONS])
+    assert swept.runs[0].name == "prompt-none" and swept.runs[1].config.distil.prompt == teacher
 
 
 def test_the_weight_is_scaled_by_the_similarity_of_teacher_and_task(world: World, tmp_path: Path):

@@ -1,5 +1,6 @@
-"""The documents: links lead somewhere, commands are commands."""
+"""The documents: links lead somewhere, commands are commands and their configs read."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -7,11 +8,19 @@ from pathlib import Path
 import pytest
 
 from jaxprompt import cli
+from jaxprompt.compare_config import load_comparison
+from jaxprompt.config import PretrainConfig, load_config
+from jaxprompt.sweep_config import load_sweep
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
 )
+
+
+load_pretraining = functools.partial(load_config, kind=PretrainConfig)
+READ = {"train": load_sweep, "compare": load_comparison, "pretrain": load_pretraining}
+"""What reads the config that a command names, with the keys that it sets."""
 
 
 def by_name(path: Path) -> str:
@@ -47,7 +56,10 @@ def commands(document: Path) -> list[list[str]]:
 def test_commands_are_commands(document: Path):
     for words in commands(document):
         shown = words[: words.index("#")] if "#" in words else words
-        cli._parse(cli._parser(), [word for word in shown if word != "..."])
+        args = cli._parse(cli._parser(), [word for word in shown if word != "..."])
+        if args.command in READ:
+            # a line's end inside quotes is not the end of a command
+            READ[args.command](args.config, [one.replace(" ; ", "\n") for one in args.overrides])
 
 
 def test_the_readme_shows_commands():

@@ -6,20 +6,25 @@ from unittest import mock
 
 import jax
 import numpy as np
+import optax
 import pytest
+import tiny
 import yaml
 from flax import nnx
+from method_cases import examples_of, make
 from run_fixtures import World, compiled, losses, make_world, records, run_mapping, write_backbone
 
-from jaxprompt import trees
+from jaxprompt import steps, trees
 from jaxprompt.artifact import load_artifact
 from jaxprompt.backbone import load_backbone
-from jaxprompt.sharding import make_mesh
+from jaxprompt.model import PromptedT5
+from jaxprompt.sharding import make_mesh, replicate, shard_batch, tree_shardings
 from jaxprompt.sweep import sweep
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.t5 import spreading
 from jaxprompt.t5.config import Compute
 from jaxprompt.t5.layers import param_specs
+from jaxprompt.t5.model import T5
 from jaxprompt.t5.spreading import between, gathered, is_spread, summed
 from jaxprompt.typing import Array, UserError
 
@@ -112,6 +117,35 @@ def test_rows_divided_over_model_train_the_same(
         assert_same(run(world, tmp_path / "run", 4 // model, model, *options), on_one)
     spread = [x for (compute, x), _ in asked.call_args_list if is_spread(compute, x)]
     assert {x.ndim for x in spread} == {3}
+
+
+# `prefix` hands over what `p-tuning-v2` does, `dept` what `adept`; `smop`, `pt-moe`, `mpt` and
+# `multitask`, a prompt for each segment, what `attempt`; the rest what `soft`, which the runs above
+# train.
+VALUES = {"p-tuning-v2": {"places": ["encoder", "decoder", "cross"]}, "per-layer": {}, "adept": {},
+          "attempt": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_what_methods_hand_over_meets_divided_heads_and_vocabulary(case: str):
+    params, method = tiny.make_params(), make(case, **VALUES[case])
+    examples, mesh = examples_of(case, 6), make_mesh(2, 4)
+    batch = tiny.make_batch([examples[:3], examples[3:]], 32, 12, 3)
+    shardings = trees.flatten(tree_shardings(mesh, param_specs(tiny.CONFIG)))
+    told = []
+    for compute in (Compute(scan_unroll=1), Compute(scan_unroll=1, mesh=mesh)):
+        prompted = PromptedT5(T5(tiny.CONFIG, params, compute), method)
+        graphdef, *parts = trees.split(prompted)
+        if compute.mesh is not None:
+            parts, batch = replicate(mesh, parts), shard_batch(mesh, batch)
+            weights = trees.flatten(parts[1]["backbone"]["params"])
+            placed = {path: jax.device_put(w, shardings[path]) for path, w in weights.items()}
+            parts[1]["backbone"]["params"] = trees.unflatten(placed)
+        state = steps.init_state(parts[0], [optax.sgd(1.0)], [0])
+        run = jax.jit(steps.gradients, static_argnums=(0, 1))
+        told.append(run(graphdef, steps.StepOptions(), state, parts[1], batch))
+    for left, right in zip(*map(jax.tree.leaves, told), strict=True):
+        np.testing.assert_allclose(left, right, rtol=2e-4, atol=2e-5)
 
 
 def test_what_is_divided_by_rows_lies_so():

@@ -174,3 +174,6 @@ def test_keys_and_values_take_no_slots(world: World, tmp_path: Path):
     layout = "layout={input}"
     train(world.load(tmp_path / "run", *OPTIONS, *options_of("p-tuning-v2", world), layout))
     assert load_artifact(tmp_path / "run" / "prompt").layout == "{input}"
+    with pytest.raises(UserError, match="counts 3 slots, and what method p-tuning-v2 trains"):
+        counted = [*options_of("p-tuning-v2", world), "layout={prompt:2}{input}{prompt:1}"]
+        train(world.load(tmp_path / "counted", *OPTIONS, *counted))

@@ -205,6 +205,19 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
     # half of 20 slots and of their 16 pieces: a quarter of a soft prompt's
     "xprompt": ({"length": 20}, 768, 20 * 768 // 4),
     "per-layer": ({"length": 10}, 768, 3 * 10 * 768),  # of the tiny backbone's three layers
+    # these by the papers' formulas, and biases where their code has some; 4 heads of 5
+    "p-tuning": ({"length": 20, "hidden": 768}, 768, 20 * 768 + 3 * (768 + 1) * 768),
+    "p-tuning-v2": ({"length": 20, "places": ["encoder"]}, 768, 2 * 3 * 20 * (4 * 5)),
+    "prefix": (
+        {"length": 10, "hidden": 512, "places": ["encoder"]},
+        768,
+        10 * 768 + (768 + 1) * 512 + (512 + 1) * 2 * 3 * (4 * 5),
+    ),
+    "lopt": ({"length": 20, "rank": 5}, 768, 2 * 5 * 768),
+    "lopt product": ({"length": 20, "rank": 5, "variant": 1}, 768, 5 * (20 + 768)),
+    "superpos": ({"length": 10, "tokens": 128}, 768, 10 * 128),
+    "pt-moe": ({"length": 20, "rank": 4, "experts": 3}, 768, 3 * 20 * 4 + 4 * 768 + 3 * (768 + 1)),
+    "multitask": ({"length": 100, "tasks": ["a", "b"]}, 768, 3 * 100 * 768),
 }
 
 
@@ -454,8 +467,12 @@ def replaced(example: tiny.Example, target: list[int]) -> tiny.Example:
 def test_parameters_are_the_papers(name: str):
     options, d_model, count = PARAMETERS[name]
     sizes = dataclasses.replace(CONFIG, d_model=d_model)
-    info = METHODS[name]
+    info = METHODS[name.split()[0]]
     assert info.parameters(info.config(**options), sizes) == count
+
+
+def test_every_method_is_counted():
+    assert {name.split()[0] for name in PARAMETERS} == {*METHODS}
 
 
 def test_no_prompt_has_neither_parameters_nor_values():

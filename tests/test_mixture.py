@@ -63,7 +63,7 @@ def mixed(
         config = DataConfig(
             **{"batch_size": 4, "max_input_length": 32, "window_batches": 3, **data}
         )
-        task = Task(TaskConfig(target=("positive", "negative")[number]))
+        task = Task(TaskConfig(target=("positive", "negative", "good")[number]))
         encoders.append(
             TaskEncoder(task, Layout.parse("{prompt}{input}", 2), tiny_tokenizer(), config)
         )
@@ -116,6 +116,40 @@ def test_a_mixture_goes_on_where_it_was(tmp_path: Path, packing: bool):
     with pytest.raises(UserError, match=r"has \[9, 29\] rows, the run was started with \[9, 30\]"):
         other.set_state(state)
     other.close()
+
+
+def test_batches_of_a_few_tasks(tmp_path: Path):
+    """As many as is drawn, in turns; on all processes, and going on, the same batches."""
+    options = {"packing": False, "tasks_per_batch": "random", "batch_size": 6, "prefetch": 0}
+    encoder, source = mixed(tmp_path, [1.0, 2.0, 1.0], (9, 30, 12), **options)
+    batches, seen = TrainBatches(encoder, source, seed=5), []
+    for number in range(240):
+        if number == 100:
+            resumed = TrainBatches(encoder, source, seed=5)
+            resumed.set_state(json.loads(json.dumps(batches.get_state())))
+            batches = resumed
+        seen.append(segments(next(batches)))
+    kinds, tasks = Counter(), Counter(task for batch in seen for task, _, _ in batch)
+    for batch in seen:
+        own = [task for task, _, _ in batch]
+        turns = [k for k in (2, 3) if own == [own[n % k] for n in range(6)]]
+        assert len(own) == 6 and turns, own
+        kinds[len(set(own)), min(turns)] += 1
+    assert kinds.keys() == {(1, 2), (2, 2), (2, 3), (3, 3)}
+    # half are drawn from two tasks; of those drawn from three, 10 in 64 have the same one thrice
+    assert abs(sum(kinds[n, 2] for n in (1, 2)) / 240 - (0.5 + 0.5 * 10 / 64)) < 0.08
+    assert all(abs(tasks[n] / 1440 - share) < 0.05 for n, share in enumerate((0.25, 0.5, 0.25)))
+    for task in range(3):
+        times = Counter(row for batch in seen for own, row, _ in batch if own == task)
+        assert len(times) == (9, 30, 12)[task] and max(times.values()) - min(times.values()) <= 1
+    shares = [
+        TrainBatches(encoder, source, seed=5, process_index=n, process_count=2) for n in (0, 1)
+    ]
+    for batch, *parts in zip(seen[:40], *shares, strict=False):
+        assert [one for part in parts for one in segments(part)] == batch
+    assert segments(next(TrainBatches(encoder, source, seed=6))) != seen[0]
+    with pytest.raises(UserError, match=r"give data\.packing=off too"):
+        mixed(tmp_path, [1.0, 1.0], tasks_per_batch="random")
 
 
 def test_rates_by_numbers_of_rows():
@@ -294,6 +328,9 @@ def test_shared_parts_answer_no_task(source_run: Path, capsys):
 
 
 def test_one_task_shares_nothing(world: World, tmp_path: Path):
+    few = ["data.packing=off", "data.tasks_per_batch=random"]
+    with pytest.raises(UserError, match="tasks_per_batch is 'random', and the run has one task"):
+        train(world.load(tmp_path / "run", *SHORT, *few))
     with pytest.raises(UserError, match="method mpt shares a prompt among tasks, and the run has"):
         train(world.load(tmp_path / "run", *SHORT, "method.name=mpt"))
 

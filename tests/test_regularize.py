@@ -13,12 +13,13 @@ import tiny
 from run_fixtures import World, assert_same_end, compiled, losses, prompt_bytes, world
 
 from jaxprompt import steps, trees
+from jaxprompt.backbone import load_backbone
 from jaxprompt.losses import cross_entropy
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts import MethodConfig, MethodInputs, PromptMethod
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.prompts.soft import SoftPrompt
-from jaxprompt.regularize import RegularizeConfig, noise_for
+from jaxprompt.regularize import RegularizeConfig, masked, noise_for
 from jaxprompt.steps import StepOptions
 from jaxprompt.sweep import sweep
 from jaxprompt.sweep_config import load_sweep
@@ -26,6 +27,7 @@ from jaxprompt.t5.config import Compute
 from jaxprompt.t5.layers import dropout, fold_key
 from jaxprompt.t5.model import T5
 from jaxprompt.train import train
+from jaxprompt.trainee import make_trainee
 from jaxprompt.typing import Array, Batch, LayerSlots, PromptValues, UserError
 
 __all__ = ["compiled", "world"]  # fixtures
@@ -187,6 +189,43 @@ def test_adversarial_noise_raises_the_loss_of_each_example_inside_its_ball():
         np.testing.assert_allclose(its_SD, own_SD[: len(its_SD)], atol=2e-4)
 
 
+def test_the_loss_without_masked_tokens_is_added():
+    """By embeddings: the mask's less the token's where the ids say so; each row draws its own."""
+    mask, end = 38, 5
+    config = RegularizeConfig(noise=0.5, noise_kind="mask", noise_share=0.4)
+    examples = tiny.make_examples(4, SLOTS)
+    batch = tiny.make_batch([[one] for one in examples[:2]] + [examples[2:]], 20, 8, 2)
+    key = jax.random.fold_in(jax.random.key(7), 0)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(batch.example_index_BG[:, 0]))
+    before_BS = np.asarray(batch.encoder_ids_BS)
+    ids_BS = np.asarray(masked(config, batch, keys_B, mask, end).encoder_ids_BS)
+    changed_BS = ids_BS != before_BS
+    assert changed_BS.any(1).all() and (ids_BS[changed_BS] == mask).all()
+    table_VD = np.asarray(PARAMS["token_embedder"]["embedding"])
+    delta_BSD = np.where(changed_BS[..., None], table_VD[mask] - table_VD[before_BS], 0)
+    given = jnp.asarray(PROMPTS[0])[None, None]
+    clean, without = (
+        row_losses(Given(given, jnp.asarray(one_BSD)), batch).sum()
+        for one_BSD in (np.zeros_like(delta_BSD), delta_BSD)
+    )
+    options = StepOptions(regularize=config, mask_ids=(mask, end))
+    want = clean + 0.5 * without
+    np.testing.assert_allclose(step_loss(options, batch), want, rtol=1e-5)
+    # what stands beside a row, and in which order, is nothing to it
+    turned = jax.tree.map(lambda leaf: leaf[np.asarray([2, 0])], batch)
+    own = masked(config, turned, keys_B[jnp.asarray([2, 0])], mask, end).encoder_ids_BS
+    np.testing.assert_array_equal(own, ids_BS[[2, 0]])
+
+    many = tiny.make_batch([[examples[0]]] * 400, 10, 4, 1)
+    keys_B = jax.random.split(jax.random.key(3), 400)
+    end = max(examples[0].encoder)
+    ids_BS = np.asarray(masked(config, many, keys_B, mask, end).encoder_ids_BS)
+    for s, code in enumerate([*examples[0].encoder, *[0] * 10][:10]):
+        is_word = s < len(examples[0].encoder) and code >= 0 and code != end
+        share = (ids_BS[:, s] == mask).mean()
+        assert abs(share - 0.4) < 0.08 if is_word else share == 0, (s, code, share)
+
+
 def test_what_is_off_is_not_in_the_program():
     state = steps.init_state(TRAINED, [SGD], [0])
 
@@ -209,20 +248,31 @@ OPTIONS = [
 ]  # fmt: skip
 ALL = [
     "regularize.prompt_dropout=0.2", "regularize.wayward=0.01",
-    "regularize.wayward_text=good film", "regularize.noise=0.5", "regularize.noise_on=both",
+    "regularize.wayward_text=good film", "regularize.noise=0.5",
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "mask"])
 def test_a_regularised_run_goes_on_to_the_bit_and_is_the_same_on_two_devices(
-    world: World, tmp_path: Path
+    kind: str, world: World, tmp_path: Path
 ):
-    train(world.load(tmp_path / "whole", *OPTIONS, *ALL))
-    train(world.load(tmp_path / "broken", *OPTIONS, *ALL, "train.steps=2"))
-    train(world.load(tmp_path / "broken", *OPTIONS, *ALL))
+    on = {"gaussian": "both", "mask": "input"}[kind]
+    own = [*OPTIONS, *ALL, f"regularize.noise_kind={kind}", f"regularize.noise_on={on}"]
+    train(world.load(tmp_path / "whole", *own))
+    train(world.load(tmp_path / "broken", *own, "train.steps=2"))
+    train(world.load(tmp_path / "broken", *own))
     np.testing.assert_array_equal(losses(tmp_path / "broken"), losses(tmp_path / "whole"))
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
-    train(world.load(tmp_path / "two", *OPTIONS, *ALL, "mesh.data=2"))
+    train(world.load(tmp_path / "two", *own, "mesh.data=2"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+def test_a_run_masks_with_the_first_sentinel(world: World, tmp_path: Path):
+    backbone = load_backbone(str(world.root / "backbone"))
+    options = ["regularize.noise=1", "regularize.noise_kind=mask"]
+    one = make_trainee("", world.load(tmp_path / "run", *options), backbone)
+    words = backbone.tokenizer
+    assert [words.piece(token) for token in one.options.mask_ids] == ["<extra_id_0>", "</s>"]
 
 
 def test_a_sweep_regularises_each_prompt_as_its_own_run_does(world: World, tmp_path: Path):
@@ -244,6 +294,8 @@ WRONG = {
     "rate": (["prompt_dropout=1"], "prompt_dropout is 1"),
     "negative": (["noise=-1"], "regularize.noise is -1"),
     "std": (["noise_std=0"], "regularize.noise_std is 0"),
+    "share": (["noise_share=0"], "regularize.noise_share is 0"),
+    "mask": (["noise=1", "noise_kind=mask", "noise_on=both"], "the prompt has none: give noise_on"),
     "long text": (["wayward=1", "wayward_text=good bad good bad good"], "5 tokens, the prompt 4"),
     "no tokens": (["wayward=1", "wayward_text= "], "has 0 tokens"),
 }

@@ -6,7 +6,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class DataConfig:
         the same batches on any mesh.
       shuffle: whether training rows come in random order.
       window_batches: about so many batches are sorted by length together.
+      tasks_per_batch: of a mixture: "all" mixes tasks freely; "random" gives each batch a few, how
+        many and which is drawn anew (see `mixture.SomeTasks`), and needs `packing` off.
       prefetch: batches made ahead in a thread; 0 = none.
     """
 
@@ -56,6 +58,7 @@ class DataConfig:
     row_multiple: int = 0
     shuffle: bool = True
     window_batches: int = 16
+    tasks_per_batch: Literal["all", "random"] = "all"
     prefetch: int = 4
 
     def __post_init__(self):
@@ -68,6 +71,11 @@ class DataConfig:
                     f"data.{field.name} is {value}, it has to be at least"
                     f" {smallest.get(field.name, 1)}"
                 )
+        if self.tasks_per_batch == "random" and self.packing:
+            raise UserError(
+                "data.tasks_per_batch is 'random', and packed rows are filled from the examples of "
+                "many batches: give data.packing=off too"
+            )
         if 0 < self.pack_length < self.max_input_length:
             raise UserError(
                 f"data.pack_length {self.pack_length} cannot hold examples of data.max_input_length"

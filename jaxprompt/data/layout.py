@@ -56,7 +56,7 @@ class Layout:
         """
         parsed = parse_template(template)
         counts = [piece for piece in parsed if isinstance(piece, Hole) and _is_slots(piece)]
-        given = sum(_count(hole, template) for hole in counts if hole.spec)
+        given = counted_slots(template)
         open_count = sum(not hole.spec for hole in counts)
         if prompt_length and not counts:
             raise UserError(
@@ -165,6 +165,13 @@ class Layout:
         ids.append(tokenizer.eos_id)
         slots.append(-1)
         return LaidRow(np.array(ids, np.int32), np.array(slots, np.int32), cut)
+
+
+def counted_slots(template: str) -> int:
+    """The slots that a layout counts itself, as {prompt:3} does."""
+    pieces = parse_template(template)
+    holes = [piece for piece in pieces if isinstance(piece, Hole) and _is_slots(piece)]
+    return sum(_count(hole, template) for hole in holes if hole.spec)
 
 
 def _cut_longest(lengths: Sequence[int], room: int) -> list[int]:

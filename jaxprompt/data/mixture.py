@@ -3,6 +3,8 @@
 `pipeline.TrainBatches` takes the pair `MixedEncoder` and `MixedSource` as it takes one task's.
 """
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from jaxprompt.data.tasks import MixedTask
 from jaxprompt.typing import UserError
 
 _MOST_SAMPLED = 512  # rows of each task that are looked at to choose shapes
+_TASK_STREAM = 17  # keeps its random numbers apart from others of the same seed
 
 
 class MixedSource:
@@ -67,7 +70,7 @@ class MixedEncoder:
     def order(self, source: MixedSource, seed: int) -> Any:
         """Draw n -> a row of the source: tasks by their rates, each in an order of its own.
 
-        The smallest rate is met exactly, the others to 1 % of it.
+        The smallest rate is met exactly, the others to 1 % of it; with `SomeTasks` all on average.
         """
         orders = [
             row_order(count, seed + number, self.config.shuffle).map(
@@ -77,6 +80,8 @@ class MixedEncoder:
                 zip(source.counts, source.offsets, strict=False)
             )
         ]
+        if self.config.tasks_per_batch == "random":
+            return SomeTasks(orders, self.rates, self.config.batch_size, seed)
         return grain.MapDataset.mix(orders, weights=self.rates)
 
     def sample_sizes(self, source: MixedSource) -> np.ndarray:
@@ -108,6 +113,43 @@ class MixedEncoder:
             made = encoder.encode_rows(part, own, cuts, task=number, offset=offset)
             encoded |= dict(zip(places, made, strict=True))
         return [encoded[place] for place in range(len(rows))]
+
+
+class SomeTasks:
+    """Draws whose every `batch_size` are of a few tasks: MPT's stochastic task sampling.
+
+    For each batch K is drawn from 2 to T, then K times a task by the rates, so that one may come
+    twice; these take turns in the batch. Which tasks is a function of seed and batch; a task's rows
+    come in its own order, none left out.
+
+    Source: Wang et al. 2023, arXiv 2303.02861, as `loader.py` of XYaoooo/DPT has it, which is built
+      on MPT's code; there what K does not divide goes to any of the tasks, here to the first.
+    """
+
+    def __init__(self, orders: Sequence[Any], rates: Sequence[float], batch_size: int, seed: int):
+        self._orders, self._size, self._seed = orders, batch_size, seed
+        self._shares = np.asarray(rates) / np.sum(rates)
+        self._before = [np.zeros(len(orders), int)]  # draws of each task before batch n
+        self._places = functools.lru_cache(maxsize=64)(self._tasks)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, draw: int) -> int:
+        batch, place = divmod(draw, self._size)
+        while len(self._before) <= batch:
+            counts = np.bincount(self._places(len(self._before) - 1), minlength=len(self._orders))
+            self._before.append(self._before[-1] + counts)
+        tasks = self._places(batch)
+        task = tasks[place]
+        turn = self._before[batch][task] + np.count_nonzero(tasks[:place] == task)
+        return self._orders[task][int(turn)]
+
+    def _tasks(self, batch: int) -> np.ndarray:
+        """The task of each draw of a batch, [batch_size]."""
+        rng, count = np.random.default_rng([self._seed, _TASK_STREAM, batch]), len(self._orders)
+        drawn = rng.choice(count, rng.integers(2, count, endpoint=True), p=self._shares)
+        return np.resize(drawn, self._size)
 
 
 def rates_of(mixture: Sequence[MixedTask], counts: Sequence[int]) -> list[float]:

@@ -62,7 +62,7 @@ class TrainBatches:
             pad_id=encoder.tokenizer.pad_id,
             start_id=encoder.start_id,
             seed=seed,
-            shuffle=config.shuffle,
+            shuffle=config.shuffle and config.tasks_per_batch == "all",  # else draws stay together
             window_batches=config.window_batches,
             process_index=process_index,
             process_count=process_count,

@@ -1,9 +1,10 @@
 """Prompts that are products of thin matrices: DPT and LoPT.
 
-DPT: Xiao et al. 2023, arXiv 2310.10094, P = A B. LoPT: Guo et al. 2024, arXiv 2406.19486: variant 1
-is the same product, variant 2 sends the prompt's first values, which stay as they are, through a
-narrow layer, P = act(P0 U) V. Both papers begin at random; here A and B begin as the best
-approximation of rank `rank` to what `init` gives, so that every init means what it says.
+DPT: Xiao et al. 2023, arXiv 2310.10094, and its code (XYaoooo/DPT), P = A B. LoPT: Guo et al. 2024,
+arXiv 2406.19486: variant 1 is the same product, variant 2 sends the prompt's first values, which
+stay as they are, through a narrow layer, P = act(P0 U) V. Both papers begin at random, DPT's code
+at U(-0.5, 0.5); here A and B begin as the best approximation of rank `rank` to what `init` gives,
+so that every init means what it says.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@ P + T_k; "concat", [P; T_k]; "concat-features", every slot's vector half shared,
 "project", P W_k + b_k. There the first token of an input names the task and all parts begin at
 random; here a segment knows its task, and all parts begin so that every task's prompt is what
 `init` gives. MPT: Wang et al. 2023, arXiv 2303.02861, P_k = P o (u_k v_k^T); a run on one task
-begins from another's P and the mean u and v (sections 3.2 and 3.3), and u v^T begins at ones. Not
-here: MPT's drawing of a few tasks for each batch.
+begins from another's P and the mean u and v (sections 3.2 and 3.3), and u v^T begins at ones. Its
+drawing of a few tasks for each batch is `data.tasks_per_batch`.
 """
 
 import dataclasses
