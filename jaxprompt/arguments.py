@@ -140,9 +140,21 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `jaxprompt train` and `pretrain`."""
+    """Of `jaxprompt train`."""
     run_arguments(parser)
     host_arguments(parser)
+
+
+def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt pretrain`."""
+    train_arguments(parser)
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PHASE",
+        help="run this phase of the config alone; may be given several times",
+    )
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:

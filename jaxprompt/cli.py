@@ -21,6 +21,7 @@ from jaxprompt.arguments import (
     json_argument,
     methods_arguments,
     plan_arguments,
+    pretrain_arguments,
     train_arguments,
 )
 from jaxprompt.prompt_arguments import (
@@ -153,7 +154,7 @@ _COMMANDS = {
     ),
     "pretrain": _Command(
         "pretrain",
-        train_arguments,
+        pretrain_arguments,
         "pretrain a backbone or adapt one to language modelling, all parameters",
         "jaxprompt pretrain pretrain/mini output_dir=runs/mini",
     ),

@@ -11,7 +11,7 @@ The rest of the config is what they share. Every method is a sweep over the seed
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _settings(name: str, options: Any, where: schema.Where) -> list[tuple[str, A
             "as {method: {length: 10}, optim: {learning_rate: 0.1}}"
         )
     settings = [
-        (key, value, where.at((*path, *tail))) for key, value, tail in _flat(options, (), ())
+        (key, value, where.at((*path, *tail))) for key, value, tail in schema.leaves(options)
     ]
     for key, _, place in settings:
         section = key.partition(".")[0]
@@ -140,19 +140,6 @@ def _settings(name: str, options: Any, where: schema.Where) -> list[tuple[str, A
             )
         settings.insert(0, ("method.name", word, where.at(path)))
     return settings
-
-
-def _flat(
-    options: Mapping[str, Any], dotted: tuple[str, ...], path: tuple[str, ...]
-) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """Leaves of nested mappings by dotted key; keys may hold dots themselves."""
-    for key, value in options.items():
-        plain = schema.plain(value)
-        here, there = (*dotted, str(key)), (*path, str(key))
-        if isinstance(plain, Mapping) and plain:
-            yield from _flat(plain, here, there)
-        else:
-            yield ".".join(here), value, there
 
 
 def _placed(runs: Sequence[SweptRun], directory: Path) -> Sweep:

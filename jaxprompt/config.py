@@ -239,14 +239,19 @@ def load_config(
             f"{where.at(('sweep',))}: this config has a sweep, so it is several runs; "
             "`jaxprompt train` runs them, jaxprompt.load_sweep reads them"
         )
+    if kind is PretrainConfig and "phases" in mapping:
+        raise UserError(
+            f"{where.at(('phases',))}: this config has phases, so it is several runs; "
+            "`jaxprompt pretrain` runs them"
+        )
     return resolved(mapping, where, overrides, kind)
 
 
 def read_config(
     path_or_name: str | Path, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], schema.Where]:
-    """The file's mapping, with the overrides of what makes it several runs."""
-    mapping, where = schema.read_yaml(_find(path_or_name))
+    """The file over those it extends, with the overrides of what makes it several runs."""
+    mapping, where = schema.read_extended(_find(path_or_name), _find)
     own = [override for override in overrides if _of_several(override)]
     return schema.apply_overrides(mapping, where, own)
 
@@ -314,8 +319,8 @@ def config_names(folder: str = "") -> list[str]:
 
 
 def _of_several(override: str) -> bool:
-    """Whether it changes a `sweep:` or `compare:`."""
-    return override.partition("=")[0].partition(".")[0] in ("sweep", "compare")
+    """Whether it changes a `sweep:`, `compare:` or `phases:`."""
+    return override.partition("=")[0].partition(".")[0] in ("sweep", "compare", "phases")
 
 
 def _find(path_or_name: str | Path) -> Path:

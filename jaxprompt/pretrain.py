@@ -16,7 +16,7 @@ import jax
 
 from jaxprompt.backbone import load_backbone
 from jaxprompt.checkpoint import Checkpoints
-from jaxprompt.config import PretrainConfig, dump, load_config, step_options
+from jaxprompt.config import PretrainConfig, dump, step_options
 from jaxprompt.data.pretraining import MixtureBatches, MixtureConfig, MixtureEntry
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxprompt.files import held, make_directory, write_file
@@ -26,6 +26,7 @@ from jaxprompt.loop import Loop, restore
 from jaxprompt.members import Member
 from jaxprompt.model import PromptedT5
 from jaxprompt.optim import learning_rate_at, make_optimizer, resolve
+from jaxprompt.phases import load_phases
 from jaxprompt.plots import write_run_plot
 from jaxprompt.sharding import data_share, here, make_mesh, meet, replicate, shard_batch, to_host
 from jaxprompt.steps import eval_step, init_state, train_step
@@ -38,8 +39,10 @@ from jaxprompt.typing import ArrayTree, Batch, UserError
 
 
 def main(args: argparse.Namespace) -> None:
-    """The command: `jaxprompt pretrain CONFIG.yaml [key=value ...]`."""
-    pretrain(load_config(args.config, args.overrides, PretrainConfig))
+    """The command: `jaxprompt pretrain CONFIG.yaml [key=value ...] [--only PHASE]`."""
+    for config in load_phases(args.config, args.overrides, args.only).values():
+        if not _run(config):
+            break
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -48,6 +51,12 @@ def pretrain(config: PretrainConfig) -> Path:
     Returns: the directory of the finished backbone, `output_dir/backbone`.
     Raises: UserError for a configuration or data that cannot work.
     """
+    _run(config)
+    return Path(config.output_dir) / "backbone"
+
+
+def _run(config: PretrainConfig) -> bool:
+    """`pretrain`; whether it came to its end, not to a SIGTERM."""
     directory, exported = Path(config.output_dir), Path(config.output_dir) / "backbone"
 
     mesh = make_mesh(config.mesh.data, config.mesh.model)
@@ -140,7 +149,7 @@ def pretrain(config: PretrainConfig) -> Path:
             if is_first():
                 metrics, picture = directory / METRICS_FILE, directory / "plots" / "run.png"
                 logger.note(write_run_plot(metrics, picture, title=title))
-    return exported
+    return all(one.finished for one in progress)
 
 
 def _start(config: PretrainConfig) -> tuple[T5Config, Any, Tokenizer, Path]:

@@ -42,7 +42,8 @@ def kind_of(name: str) -> type:
 
 SWEEPS = {"sweep": 6} | {f"paper/{size}": 24 for size in ("small", "base", "large", "xl", "xxl")}
 COMPARISONS = ("compare", "mini/compare-sst2", "mini/compare-e2e")  # test_compare.py reads them
-SEVERAL = {*SWEEPS, *COMPARISONS}
+PHASES = tuple(f"pretrain/ladder/{rung}" for rung in ("1m", "4m", "16m", "60m"))  # test_phases.py
+SEVERAL = {*SWEEPS, *COMPARISONS, *PHASES}
 SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SEVERAL]
 
 

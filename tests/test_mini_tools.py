@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import lzma
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,8 @@ from types import ModuleType
 import pytest
 from run_fixtures import CONFIG, World, make_world, write_backbone
 
-from jaxprompt.config import PretrainConfig, dump
+from jaxprompt.config import BackboneConfig, PretrainConfig, dump, load_config
+from jaxprompt.convert import convert_backbone
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.loop import LoopConfig
 from jaxprompt.t5.backbones import fingerprint
@@ -242,6 +244,31 @@ def test_the_package_holds_a_backbone_and_a_card_of_what_was_recorded(
     assert max(map(len, prose)) <= 100
 
 
+def test_the_card_of_a_backbone_that_was_adapted_tells_both_runs(
+    package, records, no_torch, tmp_path, world, monkeypatch
+):
+    second = tmp_path / "lm"
+    second.mkdir()
+    (second / "backbone").symlink_to(world.root / "backbone")
+    config = load_config(tmp_path / "mini" / "config.yaml", (), PretrainConfig)
+    adapted = dataclasses.replace(
+        config, output_dir=str(second), model=None, tokenizer="",
+        backbone=BackboneConfig(str(tmp_path / "mini" / "backbone")),
+    )  # fmt: skip
+    (second / "config.yaml").write_text(dump(adapted))
+    shutil.copyfile(tmp_path / "mini" / "metrics.jsonl", second / "metrics.jsonl")
+    argv = ["--run", str(second), "--data-card", str(tmp_path / "data_card.json")]
+    argv += ["--name", "jaxprompt-4m-lm", "--quantize", "int8"]
+    with pytest.raises(SystemExit):  # what ships has scores
+        run(package, argv, monkeypatch)
+    run(package, [*argv, "--out", str(tmp_path / "assets")], monkeypatch)
+    assert fingerprint(tmp_path / "assets") == fingerprint(world.root / "backbone")
+    text = (tmp_path / "assets" / "README.md").read_text()
+    assert text.index("# jaxprompt-4m-lm") < text.index("## Training: mini")
+    assert text.index("## Training: mini") < text.index("## Training: lm")
+    assert "None was measured." in text and "| files | int8, " in text
+
+
 def test_a_report_of_another_backbone_is_refused(
     package, records, no_torch, tmp_path, monkeypatch, capsys
 ):
@@ -260,7 +287,7 @@ def test_too_large_a_backbone_leaves_what_was_there(
 ):
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "README.md").write_text("the one before")
-    monkeypatch.setattr(package, "MAX_BYTES", 1000)
+    monkeypatch.setattr(package, "MAX_BYTES", {"jaxprompt-mini": ("*", 1000)})
     with pytest.raises(SystemExit):
         run(package, records, monkeypatch)
     assert "export_dtype: bfloat16" in capsys.readouterr().err
@@ -278,10 +305,12 @@ def test_a_missing_record_is_named(
     assert str(tmp_path / missing) in message and message.count("\n") == 1
 
 
-def test_torch_computes_the_same_and_a_difference_is_refused(package, world, monkeypatch):
+def test_torch_computes_the_same_and_a_difference_is_refused(package, world, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     backbone = package.load_backbone(str(world.root / "backbone"))
     assert package.torch_difference(backbone) < 1e-5
+    convert_backbone(str(world.root / "backbone"), str(tmp_path / "int8"), quantize="int8")
+    assert package.torch_difference(package.load_backbone(str(tmp_path / "int8"))) < 1e-5
     monkeypatch.setattr(package, "MAX_DIFFERENCE", 0.0)
     with pytest.raises(UserError, match="differ from torch's"):
         package.torch_difference(backbone)

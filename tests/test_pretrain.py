@@ -1,5 +1,6 @@
 """Pretraining runs of a tiny T5: mixtures, adaptation, the exported backbone, resumption."""
 
+import argparse
 import dataclasses
 import importlib
 from pathlib import Path
@@ -203,6 +204,33 @@ max_target_length: 10}}"
     assert 0 < moved.max() < 0.5
     first = next(record for record in records(tmp_path / "run") if "eval/prefix_lm/loss" in record)
     assert first["eval/prefix_lm_2/loss"] == first["eval/prefix_lm/loss"]  # every entry is told
+
+
+def test_phases_run_one_after_another(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    mapping = yaml.safe_load((root / "pretrain.yaml").read_text(encoding="utf-8"))
+    mapping |= {"phases": {"first": {}, "second": {"after": "first"}}, "validation": []}
+    path = tmp_path / "phases.yaml"
+    path.write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    words = [f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    args = argparse.Namespace(config=str(path), overrides=words, only=[])
+    pretrain_module.main(args)
+    weights = [
+        trees.flatten(load_backbone(str(tmp_path / "run" / phase / "backbone")).params)
+        for phase in ("first", "second")
+    ]
+    for name, leaf in weights[0].items():  # a step of rate 0.05 from there
+        np.testing.assert_allclose(leaf, weights[1][name], atol=0.07)
+    assert any(not np.array_equal(leaf, weights[1][name]) for name, leaf in weights[0].items())
+    capsys.readouterr()
+    pretrain_module.main(args)
+    assert capsys.readouterr().err.count("the run ended at step 1 already") == 2
+
+    ran = []  # a phase that was told to stop is not gone on from
+    monkeypatch.setattr(pretrain_module, "_run", lambda config: bool(ran.append(config)))
+    pretrain_module.main(args)
+    assert len(ran) == 1
 
 
 @pytest.mark.parametrize("loss_by", ["tokens", "examples"])

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,32 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Where]:
     return value, Where(str(path), places)
 
 
+def read_extended(
+    path: Path, find: Callable[[str], Path], above: Sequence[Path] = ()
+) -> tuple[dict[str, Any], Where]:
+    """Reads a YAML file; `extends: NAME` puts it over another one, see `overlay`.
+
+    Args:
+      find: the file of a name that is no path beside this one.
+      above: files that extend this one.
+    Returns and raises: as `read_yaml`, for all of them, and for files that extend one another.
+    """
+    mapping, where = read_yaml(path)
+    if "extends" not in mapping:
+        return mapping, where
+    name, place = mapping.pop("extends"), where.at(("extends",))
+    if not isinstance(name, str):
+        raise UserError(f"{place}: extends must be a config's name or path, got {describe(name)}")
+    beside, above = path.parent / name, (*above, path.resolve())
+    try:
+        below = beside if beside.is_file() else find(name)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    if below.resolve() in above:
+        raise UserError(f"{place}: {name} extends this config itself")
+    return overlay(*read_extended(below, find, above), mapping, where)
+
+
 def apply_overrides(
     mapping: Mapping[str, Any], where: Where, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], Where]:
@@ -141,6 +167,44 @@ def set_values(
         for depth in range(1, len(path) + 1):
             places.setdefault(path[:depth], place)
     return result, Where(where.source, places)
+
+
+def overlay(
+    below: Mapping[str, Any], below_where: Where, above: Mapping[str, Any], above_where: Where
+) -> tuple[dict[str, Any], Where]:
+    """Two mappings in one: joined key by key at every depth, and above all else what is `above`.
+
+    Lists are not joined: a list above is the whole list.
+
+    Returns: a new mapping and its `Where`; what it lacks is said of the source of `above`.
+    """
+    result, places = _copy(below), dict(below_where.places)
+
+    def put(container: dict[str, Any], values: Mapping[str, Any], path: KeyPath) -> None:
+        for key, value in values.items():
+            here = (*path, key)
+            if isinstance(value, Mapping) and isinstance(container.get(key), dict):
+                put(container[key], value, here)
+                continue
+            container[key] = _copy(value)
+            for known in [known for known in places if known[: len(here)] == here]:
+                del places[known]
+
+    put(result, above, ())
+    return result, Where(above_where.source, {**places, **above_where.places})
+
+
+def leaves(
+    options: Mapping[str, Any], dotted: tuple[str, ...] = (), path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(dotted key, value, path) of what nested mappings hold; keys may hold dots themselves."""
+    for key, value in options.items():
+        plainly = plain(value)
+        here, there = (*dotted, str(key)), (*path, str(key))
+        if isinstance(plainly, Mapping) and plainly:
+            yield from leaves(plainly, here, there)
+        else:
+            yield ".".join(here), value, there
 
 
 def write_yaml(value: Any) -> str:

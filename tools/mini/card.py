@@ -1,4 +1,4 @@
-"""Writes the model card of jaxprompt-mini from what its run, its data and its evaluation recorded.
+"""Writes the card of a backbone of ours from what its runs, its data and its evaluation recorded.
 
 Called by `package.py`. Every number comes from a file; only names, licences and sentences stand
 here.
@@ -11,11 +11,13 @@ import statistics
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluate import report_table
 
 from jaxprompt.config import PretrainConfig
+from jaxprompt.data.pretraining import MixtureEntry
 from jaxprompt.optim import resolve
 from jaxprompt.t5.config import T5Config
 
@@ -44,15 +46,20 @@ license: other
 library_name: jaxprompt
 tags: [t5, prompt-tuning]
 ---
-# jaxprompt-mini"""
+# {name}"""
 _ABOUT = """
-A small English T5 1.1 that the jaxprompt project pretrained itself, with its own vocabulary, so
-that the quickstart, the tests and the documentation run on a machine without a network. It is there
-to be prompted and looked into, not to be relied on. Its layout is the ordinary Hugging Face one:
-`transformers` loads it too{parity}.
+A small English T5 1.1 that the jaxprompt project pretrained itself, with its own vocabulary,
+{purpose}. It is there to be prompted and looked into, not to be relied on. Its layout is the
+ordinary Hugging Face one: {torch}.
 
-This page is written by `tools/mini/package.py` from the records of the run; `make mini` makes data,
-weights, scores and this page anew."""
+This page is written by `tools/mini/package.py` from the records of {records}."""
+_PURPOSES = {
+    "jaxprompt-mini": "so that the quickstart, the tests and the documentation run on a machine "
+    "without a network",
+    "jaxprompt-nano": "so that tests have a backbone that is loaded and compiled in no time",
+}
+_RUNG = "a rung of the ladder that shows what changes as a backbone grows (docs/scale.md)"
+_ANEW = "the run; `make mini` makes data, weights, scores and this page anew"
 _SCORES = """
 Prompts of {length} slots over the frozen backbone, and full tuning of the same backbone. Every
 score is of one evaluation after the last step: no step, seed or run was chosen by it."""
@@ -64,10 +71,27 @@ pieces of IMDB reviews reaches {teacher:.1f} % there, and its kind and settings 
 such numbers. No SST-2 sentence was trained on. The settings of the quickstart (demo-kind) were
 chosen on its validation split, with scores of its test split in sight."""
 _LIMITS = """
-English only. It knows little of the world, follows instructions only of the kinds it was trained
-on, and writes no coherent text of its own. Its topic and sentiment labels come from word lists and
-an n-gram model, so it repeats their mistakes and the reviewers' prejudices. Inputs of more than
-{longest} tokens were never seen in training."""
+English only. It knows little of the world, {instructions}, and writes no coherent text of its own.
+{labels} Inputs of more than {longest} tokens were never seen in training."""
+_LABELS = """
+Its topic and sentiment labels come from word lists and an n-gram model, so it repeats their
+mistakes and the reviewers' prejudices."""
+_TEXTS_ALONE = "It repeats its texts' prejudices."
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a pretraining run left.
+
+    Attributes:
+      config: the run's.
+      metrics: the lines of its metrics.jsonl.
+      date: when the last of them were written, seconds since 1970.
+    """
+
+    config: PretrainConfig
+    metrics: Sequence[Mapping[str, Any]]
+    date: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,43 +99,66 @@ class Records:
     """All a card is made of.
 
     Attributes:
-      config: the pretraining run's.
-      metrics: the lines of its metrics.jsonl.
+      name: of the backbone.
+      runs: the pretraining runs, each from the weights of the one before.
       data: data_card.json.
-      report: what evaluate.py wrote.
+      report: what evaluate.py wrote, None if nothing was measured.
       architecture, parameters, size, fingerprint: of the packaged backbone; size in bytes.
+      stored: how its weights are stored.
       difference: largest distance to torch's logits, None if torch was not there.
-      date: when the last metrics were written, seconds since 1970.
     """
 
-    config: PretrainConfig
-    metrics: Sequence[Mapping[str, Any]]
+    name: str
+    runs: Sequence[Trained]
     data: Mapping[str, Any]
-    report: Mapping[str, Any]
+    report: Mapping[str, Any] | None
     architecture: T5Config
     parameters: int
     size: int
     fingerprint: str
+    stored: str
     difference: float | None
-    date: float
+
+    @property
+    def supervised(self) -> bool:
+        """Whether any of the runs saw the supervised tasks."""
+        return any(entry.objective == "supervised" for entry in self.entries)
+
+    @property
+    def entries(self) -> list[MixtureEntry]:
+        """All that was trained on."""
+        return [entry for run in self.runs for entry in run.config.mixture.entries]
 
 
 def card(records: Records) -> str:
     """The README.md of the packaged backbone."""
-    parity = ""
+    torch = "`transformers` loads it too"
+    if records.stored == "int8":
+        torch = "`transformers` loads what `jaxprompt convert --quantize none` makes of its int8"
     if records.difference is not None:
-        parity = f", with the same logits to {records.difference:.0e} of the largest"
-    longest = max(entry.max_input_length for entry in records.config.mixture.entries)
+        torch += f", with the same logits to {records.difference:.0e} of the largest"
+    about = _ABOUT.format(
+        purpose=_PURPOSES.get(records.name, _RUNG),
+        torch=torch,
+        records=_ANEW if records.name == "jaxprompt-mini" else "its runs",
+    )
+    limits = _LIMITS.format(
+        instructions="follows instructions only of the kinds it was trained on"
+        if records.supervised
+        else "follows no instructions",
+        labels=_LABELS if records.supervised else _TEXTS_ALONE,
+        longest=max(entry.max_input_length for entry in records.entries),
+    )
     sections = [
-        _FRONT,
-        _prose(_ABOUT.format(parity=parity)),
+        _FRONT.format(name=records.name),
+        _prose(about),
         _architecture(records),
-        _training(records),
-        _data(records.data),
+        *_training(records.runs),
+        _data(records.data, records.supervised),
         _kept_out(records.data),
         _scores(records),
         "## Limits",
-        _prose(_LIMITS.format(longest=longest)),
+        _prose(limits),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -127,15 +174,23 @@ def _architecture(records: Records) -> str:
             ("heads", f"{shape.num_heads} of {shape.d_kv}"),
             ("embedding rows", f"{shape.vocab_size:,}"),
             ("vocabulary", f"{records.data['vocab_size']:,} pieces and sentinels, SentencePiece"),
-            ("files", f"{records.config.export_dtype}, {records.size / 1e6:.1f} MB in all"),
+            ("files", f"{records.stored}, {records.size / 1e6:.1f} MB in all"),
             ("fingerprint", f"`{records.fingerprint}`"),
         ],
     )
 
 
-def _training(records: Records) -> str:
-    config, mixture = records.config, records.config.mixture
-    steps, windows = exported_step(records.metrics), training_records(records.metrics)
+def _training(runs: Sequence[Trained]) -> list[str]:
+    """A section for each run; of several each has the name of its directory."""
+    names = [f": {Path(run.config.output_dir).name}" if len(runs) > 1 else "" for run in runs]
+    return [
+        f"## Training{name}\n\n{_run_table(run)}" for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _run_table(run: Trained) -> str:
+    config, mixture = run.config, run.config.mixture
+    steps, windows = exported_step(run.metrics), training_records(run.metrics)
     recipe = resolve(config.optim)
     examples = statistics.mean(window["examples"] for window in windows)
     targets = statistics.mean(window["tokens"] for window in windows)
@@ -163,11 +218,11 @@ def _training(records: Records) -> str:
             f"by {config.train.loss_by}",
         ),
         ("loss", f"{statistics.mean(window['loss'] for window in recent):.3f} at the end"),
-        *_validation(records.metrics, steps),
+        *_validation(run.metrics, steps),
         ("time", f"{steps * examples / speed / 3600:.1f} hours at {speed:.0f} examples/s"),
-        ("ended", time.strftime("%Y-%m-%d", time.gmtime(records.date))),
+        ("ended", time.strftime("%Y-%m-%d", time.gmtime(run.date))),
     ]
-    return "## Training\n\n" + _markdown(("", ""), rows)
+    return _markdown(("", ""), rows)
 
 
 def exported_step(metrics: Sequence[Mapping[str, Any]]) -> int:
@@ -196,8 +251,8 @@ def _validation(metrics: Sequence[Mapping[str, Any]], step: int) -> list[tuple[s
     return rows
 
 
-def _data(data: Mapping[str, Any]) -> str:
-    text, supervised = data["files"]["text.jsonl"], data["files"]["supervised.jsonl"]
+def _data(data: Mapping[str, Any], with_tasks: bool) -> str:
+    text = data["files"]["text.jsonl"]
     rows = [
         (
             *TEXTS[name],
@@ -206,30 +261,32 @@ def _data(data: Mapping[str, Any]) -> str:
         )
         for name in text["rows_by_source"]
     ]
-    made = [name for name in supervised["rows_by_task"] if name not in LABELLED]
-    rows.append(
-        (
-            f"Tasks made from these texts: {', '.join(made).replace('_', ' ')}",
-            "as the texts",
-            f"{sum(supervised['rows_by_task'][name] for name in made):,} rows",
-            f"{sum(supervised['tokens_by_task'][name] for name in made):,}",
-        )
-    )
-    rows += [
-        (
-            *LABELLED[name],
-            f"{supervised['rows_by_task'][name]:,} rows",
-            f"{supervised['tokens_by_task'][name]:,}",
-        )
-        for name in supervised["rows_by_task"]
-        if name in LABELLED
-    ]
-    about = """
-    Rows of labelled sets repeat their examples under several wordings; tokens are those of the
-    inputs. None is restricted to non-commercial use. The film reviews, the larger part, state no
-    terms and were published for research: the weights are published for research and teaching."""
+    if with_tasks:
+        rows += _task_rows(data["files"]["supervised.jsonl"])
+    repeated = "Rows of labelled sets repeat their examples under several wordings."
+    about = f"""
+    {repeated if with_tasks else ""} Tokens are those of the inputs. None is restricted to
+    non-commercial use. The film reviews, the larger part, state no terms and were published for
+    research: the weights are published for research and teaching."""
     table = _markdown(("source", "terms", "rows", "tokens"), rows)
     return "\n\n".join(["## Data", _prose(about), table])
+
+
+def _task_rows(supervised: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The tasks made of the texts in one row, then each labelled set."""
+    counts, tokens = supervised["rows_by_task"], supervised["tokens_by_task"]
+    made = [name for name in counts if name not in LABELLED]
+    told = f"Tasks made from these texts: {', '.join(made).replace('_', ' ')}"
+    together = (sum(part[name] for name in made) for part in (counts, tokens))
+    rows, of_inputs = (f"{total:,}" for total in together)
+    return [
+        (told, "as the texts", f"{rows} rows", of_inputs),
+        *(
+            (*LABELLED[name], f"{counts[name]:,} rows", f"{tokens[name]:,}")
+            for name in counts
+            if name in LABELLED
+        ),
+    ]
 
 
 def _kept_out(data: Mapping[str, Any]) -> str:
@@ -242,6 +299,8 @@ def _kept_out(data: Mapping[str, Any]) -> str:
 
 
 def _scores(records: Records) -> str:
+    if records.report is None:
+        return "## Scores\n\nNone was measured."
     runs = records.report["runs"]
     steps = dict.fromkeys(
         f"{run['task']} {run['tune']} {run['steps']:,} x {run['batch_size']}" for run in runs
