@@ -1,6 +1,5 @@
 """The documents: links lead somewhere, commands are commands and their configs read."""
 
-import functools
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from jaxprompt import cli
 from jaxprompt.compare_config import load_comparison
-from jaxprompt.config import PretrainConfig, load_config
+from jaxprompt.phases import load_phases
 from jaxprompt.sweep_config import load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +17,7 @@ DOCUMENTS = sorted(
 )
 
 
-load_pretraining = functools.partial(load_config, kind=PretrainConfig)
-READ = {"train": load_sweep, "compare": load_comparison, "pretrain": load_pretraining}
+READ = {"train": load_sweep, "compare": load_comparison, "pretrain": load_phases}
 """What reads the config that a command names, with the keys that it sets."""
 
 
