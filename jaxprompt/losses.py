@@ -23,6 +23,16 @@ def cross_entropy(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0) -> 
     return loss_BT
 
 
+def is_likeliest(logits_BTV: Array, targets_BT: Array) -> Array:
+    """Whether no token is likelier than the target: bool [B, T].
+
+    The largest logit is what `cross_entropy` needs too; to look for its place would be a pass over
+    all logits more, which a CPU does one by one.
+    """
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return picked_BT >= jnp.max(logits_BTV, axis=-1)
+
+
 def segment_sums(values_BT: Array, segments_BT: Array, num_segments: int) -> Array:
     """Sums values over each segment of a row: float32 [B, T] -> [B, G]; padding is left out."""
     one_hot_BTG = jax.nn.one_hot(segments_BT - 1, num_segments, dtype=values_BT.dtype)

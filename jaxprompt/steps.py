@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprompt.distil import NO_TEACHER, Distances
-from jaxprompt.losses import cross_entropy, segment_sums, token_weights
+from jaxprompt.losses import cross_entropy, is_likeliest, segment_sums, token_weights
 from jaxprompt.prompts.bank import bank_of, members
 from jaxprompt.regularize import RegularizeConfig, masked, noise_for
 from jaxprompt.t5.decode import Generated
@@ -128,7 +128,7 @@ def gradients(
         keys_B = _row_keys(state, part) if draws else None
         run = functools.partial(_weighted_losses, options=options, keys_B=keys_B)
         loss_BT, units_B, logits_BTV, parts = run(model, part)
-        right_BT = (jnp.argmax(logits_BTV, axis=-1) == part.targets_BT) * part.loss_weights_BT
+        right_BT = is_likeliest(logits_BTV, part.targets_BT) * part.loss_weights_BT
         owner_B = part.prompt_index_BG[:, 0]
         sums = {
             "loss": jnp.sum(loss_BT, axis=1),
@@ -289,7 +289,7 @@ def eval_step(
         batch.loss_weights_BT, batch.decoder_segments_BT, segments, options.loss_by
     )
     loss_BT = cross_entropy(logits_BTV, batch.targets_BT)
-    right_BT = (jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT) * batch.loss_weights_BT
+    right_BT = is_likeliest(logits_BTV, batch.targets_BT) * batch.loss_weights_BT
     right_BG = segment_sums(right_BT, batch.decoder_segments_BT, segments)
     tokens_BG = segment_sums(batch.loss_weights_BT, batch.decoder_segments_BT, segments)
     there_BG = batch.example_index_BG >= 0

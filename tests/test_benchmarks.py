@@ -11,9 +11,11 @@ import tiny
 from tiny_backbone import make_rows, write_rows
 from tiny_tokenizer import tiny_tokenizer
 
-from benchmarks import bank, generate, packing, pages
+from benchmarks import bank, generate, packing, pages, pretrain
 from benchmarks.common import SIZES, Shapes, make_step, random_batch, size_config
 from jaxprompt import steps, trees
+from jaxprompt.config import PretrainConfig
+from jaxprompt.data.pretraining import MixtureConfig
 from jaxprompt.data.sources import SourceConfig
 from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.model import PromptedT5
@@ -55,6 +57,13 @@ def test_the_step_has_the_minimums_matmuls(config: T5Config):
         2 * SHAPES.rows * SHAPES.targets * SHAPES.encoder * config.num_heads * config.d_kv
     )
     assert matmul_flops(program) == minimal_step_flops(config, *ROOM) + before_the_prompt
+
+
+def test_pretraining_has_three_times_the_forward_matmuls():
+    """Forward, the gradients of activations and those of weights."""
+    config = PretrainConfig("x", MixtureConfig(), model=tiny.CONFIG, tokenizer="y")
+    step = pretrain.programs(config, random_batch(tiny.CONFIG, Shapes(2, 9, 0, 4)))["step"]
+    assert pretrain.step_flops(step) == 3 * forward_flops(tiny.CONFIG, 2, 9, 4)
 
 
 def test_the_compiled_step_is_near_the_minimum():

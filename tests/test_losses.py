@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprompt.losses import cross_entropy, segment_sums, token_weights
+from jaxprompt.losses import cross_entropy, is_likeliest, segment_sums, token_weights
 
 
 def _logits_and_targets() -> tuple[np.ndarray, np.ndarray]:
@@ -25,6 +25,12 @@ def test_cross_entropy_is_minus_log_of_the_targets_probability():
     got = cross_entropy(logits, targets)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_target_is_likeliest_where_no_token_has_a_larger_logit():
+    logits = jnp.asarray([[[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [3.0, 3.0, -1.0]]])
+    got = is_likeliest(logits, jnp.asarray([[1, 2, 1]]))
+    np.testing.assert_array_equal(got, [[True, False, True]])
 
 
 def test_z_loss_adds_the_squared_log_normaliser():
