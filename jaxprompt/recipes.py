@@ -148,8 +148,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "mpt": Recipe(
         summary="MPT on a target task: the shared part slower than the task's",
-        source="Wang et al. 2023, appendix: 0.3 and 0.4, with several source tasks 0.3 for all; "
-        "batch 32 of T5-base; AdamW and 500 steps of warm-up as in other code for torch",
+        source="Wang et al. 2023, appendix, from memory: 0.3 and 0.4, with several sources 0.3 "
+        "for all; batch 32 of T5-base; AdamW and 500 steps of warm-up as in other code for torch",
         optimizer="adamw",
         learning_rate=0.3,
         schedule="linear",

@@ -4,8 +4,9 @@ Slots that the loss hardly depends on are taken out, then pieces of the others' 
 equal parts each. A slot's importance is E|dL/dgamma_i| and a piece's E|dL/dzeta_ij|, gamma and zeta
 masks of ones that multiply them. Here is what is trained in the end and how to choose what stays;
 `jaxprompt.pruning` measures importance between the two trainings. The authors' code is not public;
-that what is left goes on from its trained values follows the paper's figure 3. Ours: of every slot
-that stays so does its best piece, and L is the mean over an example's targets.
+these formulas are from memory of the paper; that what is left goes on from its trained values
+follows its figure 3. Ours: of every slot that stays so does its best piece, and L is the mean over
+an example's targets.
 """
 
 import dataclasses
