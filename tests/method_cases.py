@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from jaxprompt import schema
-from jaxprompt.prompts import METHODS, MethodConfig, PromptMethod
+from jaxprompt import schema, trees
+from jaxprompt.prompts import METHODS, MethodConfig, MethodInputs, PromptMethod
 from jaxprompt.prompts.init import InitContext
 from jaxprompt.t5.config import T5Config
+from jaxprompt.typing import Batch, PromptValues
 
+PARAMS = tiny.make_params()
 TASKS = ["first", "second", "third"]
 CASES: dict[str, dict[str, Any]] = {
     "soft": {"length": 4},
@@ -95,3 +97,23 @@ def examples_of(case: str, count: int, seed: int = 0, prompt: int = 0) -> list[t
         dataclasses.replace(example, prompt=prompt, task=(n + 1) % tasks)
         for n, example in enumerate(examples)
     ]
+
+
+def inputs_of(batch: Batch, keys: jax.Array | None = None) -> MethodInputs:
+    embeds = jnp.asarray(PARAMS["token_embedder"]["embedding"])[batch.encoder_ids_BS]
+    return MethodInputs(
+        embeds, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG, keys,
+        batch.task_index_BG,
+    )  # fmt: skip
+
+
+def values_of(method: PromptMethod, inputs: MethodInputs) -> PromptValues:
+    graphdef, trained, constants = trees.split(method)
+    fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    run = jax.jit(lambda *parts, fields: trees.merge(graphdef, *parts)(MethodInputs(**fields)))
+    return run(trained, constants, fields=fields)
+
+
+def packed(case: str, prompt: int = 0) -> Batch:
+    examples = examples_of(case, 5, prompt=prompt)
+    return tiny.make_batch([examples[:3], examples[3:]], 32, 12, 3)

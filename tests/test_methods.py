@@ -2,23 +2,39 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft_cases
 import pytest
 import tiny
-from method_cases import CASES, config_of, context_of, examples_of, make, shaken
+from method_cases import (
+    CASES,
+    PARAMS,
+    config_of,
+    context_of,
+    examples_of,
+    inputs_of,
+    make,
+    packed,
+    shaken,
+    values_of,
+)
+from method_formulas import (
+    DELTAS,
+    MIXTURES,
+    PAIRS,
+    ROWS,
+    TASKS,
+)
 from quantized_params import as_floats, quantized
 from run_fixtures import compiled
 
 from jaxprompt import steps, trees
 from jaxprompt.losses import cross_entropy, segment_sums
 from jaxprompt.model import PromptedT5
-from jaxprompt.prompts import METHODS, MethodConfig, MethodInputs, NoPrompt, PromptMethod
+from jaxprompt.prompts import METHODS, MethodConfig, NoPrompt, PromptMethod
 from jaxprompt.prompts.bank import PromptBank
 from jaxprompt.t5.config import Compute
 from jaxprompt.t5.model import T5
@@ -29,169 +45,10 @@ __all__ = ["compiled"]  # fixture
 
 CONFIG = tiny.CONFIG
 LOOP = Compute(scan_unroll=1)
-PARAMS = tiny.make_params()
-Oracle = Callable[[dict[str, np.ndarray], MethodConfig], np.ndarray]
 
-
-# ---- the formulas, transcribed -------------------------------------------------------------------
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0)
-
-
-def residual(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
-    rows = []
-    for n, row in enumerate(v["prompt"]):
-        own = n if config.per_token else 0
-        added = relu(row @ v["down"][own] + v["down_bias"][own]) @ v["up"][own] + v["up_bias"][own]
-        if config.layer_norm:
-            added = (added - added.mean()) / np.sqrt(added.var() + 1e-5)
-            added = added * v["scale"][own] + v["bias"][own]
-        rows.append(row + added)
-    return np.stack(rows)
-
-
-def p_tuning(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
-    x, last = v["prompt"], 2
-    if config.encoder == "lstm":
-        last = 1
-        for layer in range(config.layers):
-            sides = []
-            for side in ("forward", "backward"):
-                name, h = f"lstm_{layer}_{side}", config.hidden
-                hidden, cell, out = np.zeros(h), np.zeros(h), {}
-                order = range(len(x)) if side == "forward" else reversed(range(len(x)))
-                for n in order:
-                    gates = x[n] @ v[f"{name}_input"] + hidden @ v[f"{name}_hidden"]
-                    gates = gates + v[f"{name}_bias"]
-                    i, f, g, o = (gates[k * h : (k + 1) * h] for k in range(4))
-                    cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
-                    out[n] = hidden = sigmoid(o) * np.tanh(cell)
-                sides.append(np.stack([out[n] for n in range(len(x))]))
-            x = np.concatenate(sides, 1)
-    for number in range(last + 1):
-        x = x @ v[f"linear_{number}"] + v[f"linear_{number}_bias"]
-        x = relu(x) if number < last else x
-    return x
-
-
-def lopt(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
-    first = v["left"] if config.variant == 1 else sigmoid(v["first"] @ v["left"])
-    return first @ v["right"]
-
-
-def superpos(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
-    return np.stack(
-        [sum(w * e for w, e in zip(ws, v["rows_of_table"], strict=True)) for ws in v["weights"]]
-    )
-
-
-def xprompt(v: dict[str, np.ndarray], config: Any) -> np.ndarray:
-    pieces = iter(v["kept"])
-    nothing = np.zeros(v["kept"].shape[1])
-    return np.stack([
-        np.concatenate([next(pieces) if there else nothing for there in row]) for row in v["mask"]
-    ])  # fmt: skip
-
-
-ROWS: dict[str, Oracle] = {
-    "soft": lambda v, config: v["prompt"],
-    "p-tuning": p_tuning,
-    "residual": residual,
-    "dpt": lambda v, config: v["left"] @ v["right"],
-    "lopt": lopt,
-    "superpos": superpos,
-    "dept": lambda v, config: v["prompt"],
-    "adept": lambda v, config: v["prompt"],
-    "per-layer": lambda v, config: v["prompts"][0],
-    "xprompt": xprompt,
-}
-
-
-def prefix(v: dict[str, np.ndarray], config: Any, place: str) -> tuple[np.ndarray, ...]:
-    hidden = np.tanh(v[f"{place}_prompt"] @ v[f"{place}_up"] + v[f"{place}_up_bias"])
-    out, bias = v[f"{place}_out"], v[f"{place}_out_bias"]
-    flat = hidden @ out.reshape(len(out), -1) + bias.reshape(-1)
-    keys, values = np.moveaxis(flat.reshape(len(hidden), *bias.shape), 0, 2)
-    return keys, values
-
-
-def p_tuning_v2(v: dict[str, np.ndarray], config: Any, place: str) -> tuple[np.ndarray, ...]:
-    name = {"encoder": "encoder_self", "decoder": "decoder_self", "cross": "decoder_cross"}[place]
-    return v[f"{name}_keys"], v[f"{name}_values"]
-
-
-PAIRS: dict[str, Callable] = {"p-tuning-v2": p_tuning_v2, "prefix": prefix}
-
-
-def dept(v: dict[str, np.ndarray], config: Any, place: int, embedding: np.ndarray) -> np.ndarray:
-    if place >= config.positions:
-        return np.zeros_like(embedding)
-    return 8.0 / np.sqrt(config.rank) * (v["left"][place] @ v["right"])
-
-
-def adept(v: dict[str, np.ndarray], config: Any, place: int, embedding: np.ndarray) -> np.ndarray:
-    return relu(embedding @ v["left"] + v["left_bias"]) @ v["right"] + v["right_bias"]
-
-
-DELTAS: dict[str, Callable] = {"dept": dept, "adept": adept}
-
-
-def mean_of(rows: np.ndarray) -> np.ndarray:
-    return rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
-
-
-def smop(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
-    mean = mean_of(rows)
-    shares = np.exp(mean @ v["router"])
-    shares = shares / shares.sum()
-    return shares.max() * v["prompts"][shares.argmax()]
-
-
-def pt_moe(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
-    shares = np.exp(mean_of(rows) @ v["router"] + v["router_bias"])
-    shares = shares / shares.sum()
-    return sum(w * (left @ v["right"]) for w, left in zip(shares, v["left"], strict=True))
-
-
-def attempt(v: dict[str, np.ndarray], config: Any, rows: np.ndarray) -> np.ndarray:
-    largest = rows.max(0) if len(rows) else np.zeros(rows.shape[1])
-    hidden = largest @ v["down"]
-    query = (hidden * sigmoid(hidden)) @ v["up"]
-    query = (query - query.mean()) / np.sqrt(query.var() + 1e-5)
-    query = query * v["scale"][0, 0] + v["bias"][0, 0]
-    prompts = [*v["sources"], v["prompt"]]
-    scores = np.exp([prompt.max(0) @ query / config.temperature for prompt in prompts])
-    return v["prompt"] + sum(s * p for s, p in zip(scores / scores.sum(), prompts, strict=True))
-
-
-MIXTURES: dict[str, Callable] = {"smop": smop, "pt-moe": pt_moe, "attempt": attempt}
 
 UNFOLDED = ("soft", "p-tuning-v2", "dept", "adept", "smop", "pt-moe", "attempt", "per-layer")
 
-
-def multitask(v: dict[str, np.ndarray], config: Any, task: int) -> np.ndarray:
-    shared = v["prompt"]
-    if config.combine == "project":
-        kernel = v["kernels"][task]
-        return np.stack([row @ kernel + v["biases"][task] for row in shared])
-    own = v["tasks"][task]
-    if config.combine == "add":
-        return shared + own
-    return np.concatenate([shared, own], 0 if config.combine == "concat" else 1)
-
-
-def mpt(v: dict[str, np.ndarray], config: Any, task: int) -> np.ndarray:
-    pairs = zip(v["left"][task].T, v["right"][task], strict=True)
-    return v["prompt"] * sum(np.outer(one, other) for one, other in pairs)
-
-
-TASKS: dict[str, Callable] = {"multitask": multitask, "mpt": mpt}
 
 PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T5-large
     "soft": ({"length": 100}, 768, 76_800),
@@ -222,26 +79,6 @@ PARAMETERS = {  # by the papers' counts, of T5-base and, for residual and DPT, T
 
 
 # ---- what all go through -------------------------------------------------------------------------
-
-
-def inputs_of(batch: Batch, keys: jax.Array | None = None) -> MethodInputs:
-    embeds = jnp.asarray(PARAMS["token_embedder"]["embedding"])[batch.encoder_ids_BS]
-    return MethodInputs(
-        embeds, batch.encoder_slots_BS, batch.encoder_segments_BS, batch.prompt_index_BG, keys,
-        batch.task_index_BG,
-    )  # fmt: skip
-
-
-def values_of(method: PromptMethod, inputs: MethodInputs) -> PromptValues:
-    graphdef, trained, constants = trees.split(method)
-    fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    run = jax.jit(lambda *parts, fields: trees.merge(graphdef, *parts)(MethodInputs(**fields)))
-    return run(trained, constants, fields=fields)
-
-
-def packed(case: str, prompt: int = 0) -> Batch:
-    examples = examples_of(case, 5, prompt=prompt)
-    return tiny.make_batch([examples[:3], examples[3:]], 32, 12, 3)
 
 
 def losses(
@@ -480,25 +317,6 @@ def test_no_prompt_has_neither_parameters_nor_values():
     assert jax.tree.leaves(NoPrompt()(inputs_of(packed("soft")))) == []
 
 
-def test_attempt_attends_as_its_code_in_torch():
-    """The published forward pass of one unpacked example, in torch's own layers."""
-    torch = pytest.importorskip("torch")
-    config, batch = config_of("attempt"), tiny.make_batch([examples_of("attempt", 1)], 14, 6, 1)
-    v = {name: torch.tensor(np.asarray(value)) for name, value in shaken(config).items()}
-    there = (np.asarray(batch.encoder_slots_BS) < 0) & (np.asarray(batch.encoder_segments_BS) > 0)
-    ids = np.asarray(batch.encoder_ids_BS)[there]
-    embeds = torch.tensor(np.asarray(PARAMS["token_embedder"]["embedding"])[ids])[None]
-    prompts = torch.cat([v["sources"], v["prompt"][None]])[None]
-    functional = torch.nn.functional
-    x = functional.silu(functional.linear(embeds.max(1).values, v["down"].T))
-    x = functional.linear(x, v["up"].T)
-    x = functional.layer_norm(x, x.shape[-1:], v["scale"][0, 0], v["bias"][0, 0])
-    scores = prompts.max(2).values.bmm(x[..., None])[..., 0] / config.temperature
-    want = torch.einsum("bp,bpld->bld", torch.softmax(scores, -1), prompts) + v["prompt"]
-    values = values_of(make("attempt"), inputs_of(batch))
-    np.testing.assert_allclose(values.encoder, want.numpy(), rtol=1e-5, atol=1e-6)
-
-
 def test_attempt_scales_its_scores_by_the_width():
     """Without a temperature, e times d_model: 2087 of the code's config on T5-base."""
     batch = packed("attempt")
@@ -594,91 +412,3 @@ def test_an_unknown_method_is_named_with_its_neighbour():
 
     with pytest.raises(UserError, match="name 'residul' is not known; did you mean 'residual'"):
         schema.from_mapping(MethodConfig, {"name": "residul"}, "here")
-
-
-# ---- others' answers -----------------------------------------------------------------------------
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.mark.parametrize("case", ["residual", "residual plain"])
-def test_residual_prompts_are_those_of_the_authors_code(case: str):
-    with np.load(GOLDEN / "authors.npz") as golden:
-        kept = {
-            name.removeprefix(f"{case}/"): golden[name]
-            for name in golden
-            if name.startswith(f"{case}/")
-        }
-    linear = {"down": "module.0", "up": "module.2"}
-    values = {"prompt": kept["prompt"]}
-    for ours, theirs in linear.items():
-        values[ours] = kept[f"{theirs}.weight"].T[None]
-        values[f"{ours}_bias"] = kept[f"{theirs}.bias"][None]
-    if case == "residual":
-        values |= {"scale": kept["module.3.weight"][None], "bias": kept["module.3.bias"][None]}
-    config = config_of(case)
-    assert set(values) == set(shaken(config))
-    values = {name: jnp.asarray(value) for name, value in values.items()}
-    made = METHODS["residual"].make(values, config)
-    found = values_of(made, inputs_of(packed(case))).encoder
-    np.testing.assert_allclose(found, kept["made"][None], rtol=1e-5, atol=1e-5)
-
-
-def test_smop_picks_as_the_authors_code_does_for_each_row_alone():
-    with np.load(GOLDEN / "authors.npz") as golden:
-        kept = {name.removeprefix("smop/"): golden[name] for name in golden}
-    prompts, length = CASES["smop"]["prompts"], CASES["smop"]["length"]
-    values = {
-        "prompts": kept["embedding.weight"].reshape(prompts, length, -1),
-        "router": kept["router.0.weight"].T,
-    }
-    values = {name: jnp.asarray(value) for name, value in values.items()}
-    mask_BS, zeros_BG = jnp.asarray(kept["mask"]), jnp.zeros((4, 1), jnp.int32)
-    inputs = MethodInputs(
-        jnp.asarray(kept["embeds"]), -jnp.ones_like(mask_BS), mask_BS, zeros_BG, None, zeros_BG
-    )
-    found = values_of(METHODS["smop"].make(values, config_of("smop")), inputs)
-    picked = np.asarray(found.encoder)[np.asarray(found.prompt_index_BG)[:, 0]]
-    np.testing.assert_allclose(picked, kept["made"], rtol=1e-5, atol=1e-6)
-
-
-def test_prefix_tuning_is_that_of_adapters():
-    """Three networks with tanh, for encoder, decoder and cross-attention; H K is not d_model."""
-    sizes = peft_cases.BACKBONES["shallow decoder"]
-    assert sizes.num_heads * sizes.d_kv != sizes.d_model
-    with np.load(GOLDEN / "adapters.npz") as golden:
-        kept = dict(golden)
-    values = {}
-    for place, name in (("encoder", "encoder"), ("decoder", "self"), ("cross", "cross")):
-        prompt, up, up_bias, out, out_bias = (
-            kept[f"{name}_prefix.{part}"]
-            for part in ("wte.weight", "control_trans.0.weight", "control_trans.0.bias",
-                         "control_trans.2.weight", "control_trans.2.bias")
-        )  # fmt: skip
-        # there keys and values of a layer stand side by side: [N, 2, H, K]
-        shape = (-1, 2, sizes.num_heads, sizes.d_kv)
-        out = np.moveaxis(out.T.reshape(len(out.T), *shape), 1, 2)
-        out_bias = np.moveaxis(out_bias.reshape(shape), 0, 1)
-        parts = {"prompt": prompt, "up": up.T, "up_bias": up_bias, "out": out, "out_bias": out_bias}
-        values |= {f"{place}_{part}": jnp.asarray(value) for part, value in parts.items()}
-    config = config_of("prefix", length=peft_cases.LENGTH, hidden=7)
-    count = METHODS["prefix"].parameters(config, sizes)
-    assert count == sum(value.size for value in values.values())
-    params = trees.map_with_path(
-        lambda path, leaf: jnp.zeros_like(leaf) if "relpos_bias" in path else leaf,
-        tiny.make_params(sizes, seed=3),
-    )
-    decoded = [
-        [tiny.Example(ids[ids > 0].tolist(), [*targets[1:], 1])]
-        for ids, targets in zip(
-            peft_cases.ENCODER_IDS, peft_cases.DECODER_IDS.tolist(), strict=True
-        )
-    ]
-    batch = tiny.make_batch(decoded, 6, 5, 1)
-    np.testing.assert_array_equal(batch.decoder_ids_BT, peft_cases.DECODER_IDS)
-    backbone, run = T5(sizes, params, LOOP), jax.jit(steps.logits, static_argnums=0)
-    for louder in (1.0, 0.0):
-        scaled = {name: louder * value for name, value in values.items()}
-        own = trees.split(PromptedT5(backbone, METHODS["prefix"].make(scaled, config)))
-        apart = np.abs(np.asarray(run(*own, batch)) - kept["logits"]).max()
-        assert (apart < 1e-5) if louder else (apart > 0.1)

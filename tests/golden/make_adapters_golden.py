@@ -1,4 +1,4 @@
-"""Makes adapters.npz: prefix tuning of a tiny T5 in the library `adapters`, for `test_methods.py`.
+"""Makes adapters.npz for `test_method_oracles.py`: prefix tuning in the library `adapters`.
 
 `adapters` pins a transformers of its own, so it is not among what tests install. With adapters
 1.3.0, transformers 4.57.6 and torch beside jaxprompt's other dependencies, run

@@ -1,4 +1,4 @@
-"""Makes authors.npz: what the classes of two papers' code answer, for `test_methods.py`.
+"""Makes authors.npz: what the classes of two papers' code answer, for `test_method_oracles.py`.
 
 Their repositories are no libraries, and their files want other programs' old versions, so the two
 classes are taken out of them and run by themselves, on CPU:
