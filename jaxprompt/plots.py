@@ -21,6 +21,7 @@ _PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#666666"
 _SCORE_COLOURS = (_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE, _SKY)
 _MARKERS = "osD^vP"
 _NO_MATPLOTLIB = "no picture: it needs matplotlib (pip install 'jaxprompt[plots]')"
+_NAME_LENGTH = 48  # of a row
 _DASHES = ((0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
 
@@ -113,7 +114,7 @@ def write_sweep_plot(
             mean = sum(row.scores) / len(row.scores)
             axes.plot([mean], [place], marker="D", color=_VERMILION,
                       label="mean" if first else None, **{**marks, "zorder": 3})  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [_fitting(row.name) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(what)
     axes.spines[["top", "right"]].set_visible(False)
@@ -162,7 +163,7 @@ def write_similarity_plot(
     for (row, column), value in np.ndenumerate(shown_QQ):
         colour = "white" if value < middle else "black"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
-    labels = [names[number] for number in order]
+    labels = [_fitting(names[number]) for number in order]
     axes.set_yticks(range(len(names)), labels)
     axes.set_xticks(range(len(names)), labels, rotation=45, ha="right")
     figure.colorbar(picture, ax=axes, label="cosine")
@@ -256,6 +257,12 @@ def _drawing() -> _Drawing | None:
         )
     except ImportError:
         return None
+
+
+def _fitting(name: str) -> str:
+    """A name as long as fits beside the axes: its beginning and its end."""
+    half = _NAME_LENGTH // 2
+    return name if len(name) <= _NAME_LENGTH else f"{name[:half]}…{name[-half + 1 :]}"
 
 
 def _saved(drawing: _Drawing, figure: Any, png: Path | str) -> str:

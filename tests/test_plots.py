@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxprompt.plots import smooth, write_run_plot
+from jaxprompt.plots import SweepRow, smooth, write_run_plot, write_sweep_plot
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 BASELINES = {"majority": 50.9, "bare backbone": 52.1}
@@ -96,6 +96,17 @@ def test_scores_alone_have_one_panel(tmp_path, figures):
     path.write_text('{"step": 1, "eval/accuracy": 60.0}\n')
     write_run_plot(path, tmp_path / "run.png")
     assert [axes.get_ylabel() for axes in figures[0].axes] == ["score, %"]
+
+
+def test_a_long_name_leaves_room_for_what_is_drawn(tmp_path, figures):
+    """Warnings are errors here: matplotlib has one for axes that have become nothing."""
+    long = "distil " + "/".join(["a directory"] * 40) + " last"
+    rows = [SweepRow(long, [50.0, 60.0], 40.0, 45.0), SweepRow("short", [55.0], 40.0, 45.0)]
+    write_sweep_plot(tmp_path / "sweep.png", rows)
+    (axes,) = figures[0].axes
+    cut, whole = (label.get_text() for label in axes.get_yticklabels())
+    assert cut.startswith("distil a directory") and cut.endswith(" last") and len(cut) < 50
+    assert whole == "short"
 
 
 def test_a_picture_replaces_the_one_before(run):
