@@ -139,6 +139,19 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     json_argument(parser)
 
 
+def scale_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxprompt scale`."""
+    run_arguments(parser)
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="take this line of the config alone; may be given several times",
+    )
+    json_argument(parser)
+
+
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt train`."""
     run_arguments(parser)

@@ -22,6 +22,7 @@ from jaxprompt.arguments import (
     methods_arguments,
     plan_arguments,
     pretrain_arguments,
+    scale_arguments,
     train_arguments,
 )
 from jaxprompt.prompt_arguments import (
@@ -181,6 +182,12 @@ _COMMANDS = {
         compare_arguments,
         "train several prompt methods with several seeds each, and put them in one table",
         "jaxprompt compare compare --only soft --only residual",
+    ),
+    "scale": _Command(
+        "scale",
+        scale_arguments,
+        "measure prompt tuning, model tuning and prompt design over backbones of several sizes",
+        "jaxprompt scale scale/figure1 scale.seeds=[0]",
     ),
     "convert": _Command(
         "convert",

@@ -6,35 +6,30 @@ turn.
 
 import argparse
 import dataclasses
-import itertools
 import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprompt.artifact import load_artifact
-from jaxprompt.backbone import Backbone, load_backbone
+from jaxprompt.backbone import load_backbone
 from jaxprompt.compare_config import Comparison, load_comparison
-from jaxprompt.config import RunConfig
-from jaxprompt.data.pipeline import Asked, examples_of
-from jaxprompt.data.sources import Source, has_split
+from jaxprompt.data.sources import has_split
 from jaxprompt.data.tasks import Task
-from jaxprompt.evaluate import Evaluator
 from jaxprompt.files import write_file
-from jaxprompt.inference import put_on
-from jaxprompt.logging import METRICS_FILE, table
+from jaxprompt.logging import METRICS_FILE
+from jaxprompt.measuring import Answers
 from jaxprompt.plots import EVAL, SweepRow, write_sweep_plot
 from jaxprompt.prompts import METHODS
 from jaxprompt.sweep import sweep
-from jaxprompt.trainee import encoder_of, mean_of
+from jaxprompt.tables import table
+from jaxprompt.trainee import mean_of
 from jaxprompt.training import TrainResult
 
 NEARLY = 0.95  # of the best score: when a run is nearly there
-_TIMED_EXAMPLES, _ROUNDS = 256, 3
+_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +133,7 @@ def compare(plan: Comparison) -> ComparisonResult | None:
         for result in results:
             if result.diverged:
                 continue
-            answer = _Answers(backbone, config, result.prompt)
+            answer = Answers(backbone, config, result.prompt)
             scores[name].append(answer.score(source))
             timed.setdefault(name, lambda answer=answer: answer.rate(source))
     rates = _taking_turns(timed)
@@ -158,7 +153,7 @@ def compare(plan: Comparison) -> ComparisonResult | None:
             nearly_steps=statistics.fmean(steps) if steps else None,
         ))  # fmt: skip
     rows.sort(key=lambda row: -(row.mean if row.mean is not None else -1.0))
-    bare, majority = _Answers(backbone, shared, None).baselines(source)
+    bare, majority = Answers(backbone, shared, None).baselines(source)
     told = {
         "task": shared.task.name, "backbone": backbone.name, "split": split,
         "examples": len(source), "bare": bare, "majority": majority,
@@ -189,37 +184,6 @@ def nearly_there(result: TrainResult) -> float | None:
         if all(name in record for name in names) and mean_of(record, names) >= enough:
             return record["step"]
     return None
-
-
-class _Answers:
-    """One prompt, or the bare backbone, answering the compared task."""
-
-    def __init__(self, backbone: Backbone, config: RunConfig, prompt: Path | None):
-        task = Task(config.task)
-        artifact = None if prompt is None else load_artifact(prompt)
-        self._on = put_on(backbone, artifact)
-        encoder = encoder_of(config, task, backbone, bare=prompt is None)
-        self._evaluator = Evaluator(self._on.graphdef, [encoder])
-        self._task = task
-        self._names = [config.train.metric] if config.train.metric else task.metrics
-
-    def score(self, source: Source) -> float:
-        """What it scores there, percent."""
-        (result,) = self._evaluator.run(self._on.trained, self._on.frozen, source)
-        return mean_of(result.metrics, self._names)
-
-    def baselines(self, source: Source) -> tuple[float, float]:
-        """Its own score, and that of always giving the most frequent target."""
-        (result,) = self._evaluator.run(self._on.trained, self._on.frozen, source)
-        return mean_of(result.metrics, self._names), mean_of(result.majority, self._names)
-
-    def rate(self, source: Source) -> float:
-        """Examples/s, of the first ones there."""
-        examples = itertools.islice(examples_of(self._task, source), _TIMED_EXAMPLES)
-        asked = [Asked(example, 0) for example in examples]
-        start = time.perf_counter()
-        self._evaluator.run_asked(self._on.trained, self._on.frozen, asked)
-        return len(asked) / (time.perf_counter() - start)
 
 
 def _taking_turns(timed: Mapping[str, Callable[[], float]]) -> dict[str, float]:

@@ -10,7 +10,6 @@ The rest of the config is what they share. Every method is a sweep over the seed
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from jaxprompt import schema
 from jaxprompt.config import RunConfig, read_config, resolved
 from jaxprompt.prompts import METHODS
-from jaxprompt.sweep_config import Sweep, SweptRun
+from jaxprompt.sweep_config import Sweep, directory_word, over_seeds, read_seeds
 from jaxprompt.typing import UserError
 
 # What makes scores and speeds comparable; the rest a method may have of its own.
@@ -65,9 +64,10 @@ def load_comparison(
             f"{place}: compare has `seeds` and `methods` and nothing else, as in {_FORM}; "
             f"got {', '.join(map(str, given)) or 'neither'}"
         )
-    if "sweep" in mapping:
-        raise UserError(f"{where.at(('sweep',))}: a config has either `sweep` or `compare`")
-    seeds = _seeds(schema.plain(given["seeds"]), where.at(("compare", "seeds")))
+    for other in ("sweep", "scale"):
+        if other in mapping:
+            raise UserError(f"{where.at((other,))}: a config has either `compare` or `{other}`")
+    seeds = read_seeds(schema.plain(given["seeds"]), where, ("compare", "seeds"))
     methods = schema.plain(given["methods"])
     place = where.at(("compare", "methods"))
     if not isinstance(methods, Mapping) or not methods:
@@ -83,14 +83,13 @@ def load_comparison(
         if only and str(name) not in only:
             continue
         settings = _settings(str(name), schema.plain(options), where)
-        runs = []
-        for seed in seeds:
-            config = resolved(
-                mapping, where, overrides, RunConfig, [*settings, ("seed", seed, place)]
-            )
-            output_dir = config.output_dir
-            runs.append(SweptRun(f"seed-{seed}", {"seed": seed}, config))
-        sweeps[str(name)] = _placed(runs, Path(output_dir) / "methods" / _word(str(name)))
+        configs = [
+            resolved(mapping, where, overrides, RunConfig, [*settings, ("seed", seed, place)])
+            for seed in seeds
+        ]
+        output_dir = configs[0].output_dir
+        directory = Path(output_dir) / "methods" / directory_word(str(name))
+        sweeps[str(name)] = over_seeds(configs, directory)
     if any(sweep.runs[0].config.task.mixture for sweep in sweeps.values()):
         raise UserError(
             f"{where.at(('task',))}: methods are compared on one task, and task.mixture has several"
@@ -98,17 +97,6 @@ def load_comparison(
     if len({sweep.output_dir for sweep in sweeps.values()}) < len(sweeps):
         raise UserError(f"{place}: two methods have names that give the same directory; rename one")
     return Comparison(output_dir, sweeps)
-
-
-def _seeds(given: Any, place: str) -> list[int]:
-    if not isinstance(given, list) or not given:
-        raise UserError(f"{place}: compare.seeds must be a list of numbers, such as [0, 1, 2]")
-    seeds = [schema.plain(seed) for seed in given]
-    wrong = [s for s in seeds if not isinstance(s, int) or isinstance(s, bool)]
-    if wrong or len(set(seeds)) < len(seeds):
-        what = f"{wrong[0]!r} is no whole number" if wrong else "one stands there twice"
-        raise UserError(f"{place}: compare.seeds must be different whole numbers; {what}")
-    return seeds
 
 
 def _settings(name: str, options: Any, where: schema.Where) -> list[tuple[str, Any, str]]:
@@ -140,20 +128,3 @@ def _settings(name: str, options: Any, where: schema.Where) -> list[tuple[str, A
             )
         settings.insert(0, ("method.name", word, where.at(path)))
     return settings
-
-
-def _placed(runs: Sequence[SweptRun], directory: Path) -> Sweep:
-    return Sweep(
-        str(directory),
-        {"seed": [str(run.values["seed"]) for run in runs]},
-        [
-            dataclasses.replace(run, config=dataclasses.replace(
-                run.config, output_dir=str(directory / "prompts" / run.name)
-            ))
-            for run in runs
-        ],
-    )  # fmt: skip
-
-
-def _word(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-") or "method"

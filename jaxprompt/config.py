@@ -41,6 +41,9 @@ __all__ = [
 
 C = TypeVar("C", "RunConfig", "PretrainConfig")
 
+# sections that make a config one of several runs, beside `sweep` and `phases`: also their commands
+_OTHERS = {"compare": "compares methods", "scale": "goes over backbones of several sizes"}
+_SEVERAL = ("sweep", "phases", *_OTHERS)
 _WHOLE_TASKS = ("task", "task.preset", "task.mixture")
 
 
@@ -233,7 +236,7 @@ def load_config(
       is suggested), a missing key or a wrong type; with file and line, or the override.
     """
     mapping, where = read_config(path_or_name, overrides)
-    refuse_comparison(mapping, where)
+    refuse_several(mapping, where)
     if kind is RunConfig and "sweep" in mapping:
         raise UserError(
             f"{where.at(('sweep',))}: this config has a sweep, so it is several runs; "
@@ -256,12 +259,11 @@ def read_config(
     return schema.apply_overrides(mapping, where, own)
 
 
-def refuse_comparison(mapping: Mapping[str, Any], where: schema.Where) -> None:
-    """Raises: UserError for a config that has a `compare:`."""
-    if "compare" in mapping:
-        raise UserError(
-            f"{where.at(('compare',))}: this config compares methods; `jaxprompt compare` runs it"
-        )
+def refuse_several(mapping: Mapping[str, Any], where: schema.Where) -> None:
+    """Raises: UserError for a config that another command runs: of a `compare:` or a `scale:`."""
+    for key, told in _OTHERS.items():
+        if key in mapping:
+            raise UserError(f"{where.at((key,))}: this config {told}; `jaxprompt {key}` runs it")
 
 
 def resolved(
@@ -319,8 +321,8 @@ def config_names(folder: str = "") -> list[str]:
 
 
 def _of_several(override: str) -> bool:
-    """Whether it changes a `sweep:`, `compare:` or `phases:`."""
-    return override.partition("=")[0].partition(".")[0] in ("sweep", "compare", "phases")
+    """Whether it changes a section that makes the config several runs."""
+    return override.partition("=")[0].partition(".")[0] in _SEVERAL
 
 
 def _find(path_or_name: str | Path) -> Path:

@@ -18,11 +18,13 @@ from jax.sharding import Mesh
 
 from jaxprompt.answerer import Answer, Answerer
 from jaxprompt.data.encoder import Cuts, TaskEncoder
+from jaxprompt.data.few_shot import with_shots
 from jaxprompt.data.pipeline import Asked, examples_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Example, Task
 from jaxprompt.generation import Generation
 from jaxprompt.inference import (
+    BARE,
     ask_named,
     backbone_of,
     cut_note,
@@ -32,7 +34,6 @@ from jaxprompt.inference import (
     read_prompts,
     task_of,
 )
-from jaxprompt.logging import table
 from jaxprompt.metrics import (
     Extra,
     bootstrap_interval,
@@ -41,6 +42,7 @@ from jaxprompt.metrics import (
     label_distribution,
     majority_baseline,
 )
+from jaxprompt.tables import table
 from jaxprompt.typing import ArrayTree, UserError
 
 
@@ -215,7 +217,8 @@ def main(args: argparse.Namespace) -> None:
 
     Several prompts answer in the same batches. Each is reported, and then together: mean and best
     of their scores, majority vote, averaged-likelihood vote. With `--prompt-field F` field F of a
-    row names the one prompt that answers it.
+    row names the one prompt that answers it. With `--shots K` the bare backbone reads K training
+    examples before every input.
     """
     names, prompts = zip(*read_prompts(args.prompts), strict=True)
     named = next((prompt for prompt in prompts if prompt is not None), None)
@@ -231,6 +234,10 @@ def main(args: argparse.Namespace) -> None:
     owners = prompts if args.prompt_field else [named] * len(prompts)
     tasks, splits = zip(*(_data(task_of(one, args.task), args) for one in owners), strict=True)
     source, split = tasks[0].open(splits[0]), splits[0]
+    about = {"split": split}
+    if args.shots is not None:
+        tasks = tuple(_with_shots(task, args) for task in tasks)
+        about |= {"shots": args.shots, "seed": args.seed}
     backbone = backbone_of(named, args.backbone, args.dtype, args.quantize)
     prompted = put_on(backbone, *prompts, allow_other=args.allow_other_backbone)
     encoders = [
@@ -253,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
         results = evaluator.run_asked(prompted.trained, prompted.frozen, asked)
     else:
         results = evaluator.run(prompted.trained, prompted.frozen, source)
-    about = {"backbone": backbone.name, "split": split}
+    about = {"backbone": backbone.name, **about}
     for name, encoder, result in zip(names, encoders, results, strict=True):
         if result.targets:
             _report(args, {"prompt": name, **about}, result)
@@ -310,6 +317,20 @@ def _data(task: Task, args: argparse.Namespace) -> tuple[Task, str]:
         places = {"kind": "", "name": "", "data_dir": "", "train": "", "validation": ""}
         source = dataclasses.replace(source, **places, test=args.data)
     return Task(dataclasses.replace(task.config, source=source)), split
+
+
+def _with_shots(task: Task, args: argparse.Namespace) -> Task:
+    """The task for a bare backbone that reads training examples before each input."""
+    if any(prompt != BARE for prompt in args.prompts):
+        raise UserError(
+            f"--shots shows examples to a backbone without a prompt; give `{BARE}` and --backbone "
+            "in place of prompts"
+        )
+    if args.data:
+        raise UserError(
+            "--shots takes its examples from the task's own training data; leave --data out"
+        )
+    return with_shots(task, task.open("train"), args.shots, args.seed)
 
 
 def _report(args: argparse.Namespace, about: Mapping[str, Any], result: EvalResult) -> None:

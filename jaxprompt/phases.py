@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt import schema
-from jaxprompt.config import PretrainConfig, load_config, read_config, refuse_comparison, resolved
+from jaxprompt.config import PretrainConfig, load_config, read_config, refuse_several, resolved
 from jaxprompt.typing import UserError
 
 _FORM = "`phases: {span: {}, lm: {after: span, train: {steps: 1000}}}`"
@@ -34,7 +34,7 @@ def load_phases(
       not come before it, or a name in `only` that is not there.
     """
     mapping, where = read_config(path_or_name, overrides)
-    refuse_comparison(mapping, where)
+    refuse_several(mapping, where)
     given = schema.plain(mapping.pop("phases", None))
     if given is None:
         if only:

@@ -14,12 +14,12 @@ from typing import Any
 
 from jaxprompt.config import RunConfig, dump
 from jaxprompt.files import write_file
-from jaxprompt.logging import table
 from jaxprompt.planning.apart import CompilerFailed, estimate_apart
 from jaxprompt.planning.chips import CHIPS, GIB, Topology, open_topologies
 from jaxprompt.planning.estimate import Estimate
 from jaxprompt.planning.search import Tried, overrides, search
 from jaxprompt.sweep_config import load_sweep
+from jaxprompt.tables import table
 from jaxprompt.typing import UserError
 
 ASSUMPTIONS = (

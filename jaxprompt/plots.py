@@ -125,6 +125,87 @@ def write_sweep_plot(
     return _saved(drawing, figure, png)
 
 
+class ScalePanel(NamedTuple):
+    """One task of a picture over sizes.
+
+    Attributes:
+      sizes: name of each backbone -> its parameters, which are its place.
+      lines: name of each -> (parameters, scores in percent of its seeds), in order.
+      bare: (parameters, score) of the backbones by themselves.
+      majority: score of the most frequent target.
+    """
+
+    sizes: Mapping[str, int]
+    lines: Mapping[str, Sequence[tuple[int, Sequence[float]]]]
+    bare: Sequence[tuple[int, float]]
+    majority: float
+
+
+def write_scale_plot(
+    png: Path | str, panels: Mapping[str, ScalePanel], *, what: str = "validation score, %"
+) -> str:
+    """Draws scores over sizes of backbones, a panel a task: means, bars of a standard deviation.
+
+    Args:
+      png: replaced as a whole; its directory is made where missing.
+      panels: by their titles.
+      what: the scores.
+    Returns: as `write_run_plot`.
+    """
+    drawing = _drawing()
+    if drawing is None:
+        return _NO_MATPLOTLIB
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = drawing.figures.Figure(
+        figsize=(1.5 + 3.2 * columns, 0.9 + 2.6 * rows), dpi=150, layout="constrained"
+    )
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.lines))
+    known: dict[str, Any] = {}
+    for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
+        known |= _draw_panel(axes, panel, names)
+        axes.set_title(title, fontsize="medium")
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes in all_axes[::columns]:
+        axes.set_ylabel(what)
+    figure.supxlabel("parameters of the backbone, embeddings left out", fontsize="medium")
+    figure.legend(known.values(), known.keys(), loc="outside right upper", frameon=False)
+    return _saved(drawing, figure, png)
+
+
+def _draw_panel(axes: Any, panel: ScalePanel, names: Sequence[str]) -> dict[str, Any]:
+    """Returns: what the legend shows, by name."""
+    known: dict[str, Any] = {}
+    for name, points in panel.lines.items():
+        if not points:
+            continue
+        place = names.index(name)
+        means = [float(np.mean(scores)) for _, scores in points]
+        spreads = [float(np.std(s, ddof=1)) if len(s) > 1 else 0.0 for _, s in points]
+        known[name] = axes.errorbar(
+            [size for size, _ in points], means, yerr=spreads, capsize=3, markersize=5,
+            color=_SCORE_COLOURS[place % len(_SCORE_COLOURS)], linewidth=1.6,
+            marker=_MARKERS[place % len(_MARKERS)],
+        )  # fmt: skip
+    if panel.bare:
+        (known["bare backbone"],) = axes.plot(
+            *zip(*panel.bare, strict=True), color=_GREY, marker=".", linestyle=_DASHES[0]
+        )
+    known["most frequent target"] = axes.axhline(
+        panel.majority, color=_GREY, linestyle=_DASHES[1], linewidth=1.3
+    )
+    axes.set_xscale("log")
+    axes.set_xticks(list(panel.sizes.values()), list(panel.sizes))
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return known
+
+
 def write_similarity_plot(
     png: Path | str,
     names: Sequence[str],

@@ -31,6 +31,13 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default="validation",
         help="of the task's data (validation)",
     )
+    parser.add_argument(
+        "--shots",
+        type=natural,
+        metavar="K",
+        help="with `none`: put K training examples and their answers before every input, as text; "
+        "--seed draws them",
+    )
     _backbone_arguments(parser)
     _answer_arguments(parser)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from jaxprompt.files import write_file
 from jaxprompt.hosts import is_first
-from jaxprompt.logging import table
 from jaxprompt.plots import SweepRow, write_sweep_plot
 from jaxprompt.sweep_config import Sweep, SweptRun
+from jaxprompt.tables import table
 from jaxprompt.training import TrainResult, train_together
 from jaxprompt.typing import UserError
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprompt import schema
-from jaxprompt.config import RunConfig, read_config, refuse_comparison, resolved
+from jaxprompt.config import RunConfig, read_config, refuse_several, resolved
 from jaxprompt.typing import UserError
 
 _SHARED = ("output_dir", "tune", "backbone", "mesh", "logging", "sweep")
@@ -61,7 +61,7 @@ def load_sweep(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Sweep
       all runs share, or an override of a key that is swept.
     """
     mapping, where = read_config(path_or_name, overrides)
-    refuse_comparison(mapping, where)
+    refuse_several(mapping, where)
     if "sweep" not in mapping:
         config = resolved(mapping, where, overrides, RunConfig)
         return Sweep(config.output_dir, {}, [SweptRun("", {}, config)])
@@ -95,6 +95,38 @@ def load_sweep(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Sweep
             for name, values, config in runs
         ],
     )  # fmt: skip
+
+
+def over_seeds(configs: Sequence[RunConfig], directory: Path) -> Sweep:
+    """Runs that differ in nothing but the seed, with their results below `directory`."""
+    runs = [
+        SweptRun(f"seed-{one.seed}", {"seed": one.seed}, dataclasses.replace(
+            one, output_dir=str(directory / "prompts" / f"seed-{one.seed}")
+        ))
+        for one in configs
+    ]  # fmt: skip
+    return Sweep(str(directory), {"seed": [str(one.seed) for one in configs]}, runs)
+
+
+def read_seeds(given: Any, where: schema.Where, path: tuple[str, ...]) -> list[int]:
+    """The seeds that a config's key at `path` lists.
+
+    Raises: UserError for anything but different whole numbers.
+    """
+    place, key = where.at(path), ".".join(path)
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{place}: {key} must be a list of numbers, such as [0, 1, 2]")
+    seeds = [schema.plain(seed) for seed in given]
+    wrong = [s for s in seeds if not isinstance(s, int) or isinstance(s, bool)]
+    if wrong or len(set(seeds)) < len(seeds):
+        what = f"{wrong[0]!r} is no whole number" if wrong else "one stands there twice"
+        raise UserError(f"{place}: {key} must be different whole numbers; {what}")
+    return seeds
+
+
+def directory_word(name: str) -> str:
+    """A name of a config's as the name of a directory."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-") or "unnamed"
 
 
 def _axes(

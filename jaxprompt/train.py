@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from jaxprompt.config import RunConfig
 from jaxprompt.data.sources import has_split
 from jaxprompt.hosts import is_first
-from jaxprompt.logging import table
 from jaxprompt.prompts import slots_of
 from jaxprompt.sweep import summary, sweep
 from jaxprompt.sweep_config import load_sweep
+from jaxprompt.tables import table
 from jaxprompt.trainee import part_config
 from jaxprompt.training import TrainResult, train
 

@@ -24,12 +24,12 @@ from jaxprompt.artifact import (
     save_artifact,
 )
 from jaxprompt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxprompt.logging import table
 from jaxprompt.plots import write_similarity_plot
 from jaxprompt.prompts.recycling import RECYCLERS, SKIPPED, WORDS
 from jaxprompt.prompts.similarity import SIMILARITIES, joints, weighted_mean
 from jaxprompt.t5.backbones import fingerprint, read_config, resolve_backbone
 from jaxprompt.t5.weights import read_embedding
+from jaxprompt.tables import table
 from jaxprompt.typing import UserError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxprompt.logging
-from jaxprompt.logging import LoggingConfig, RunLogger, table
+from jaxprompt.logging import LoggingConfig, RunLogger
 from jaxprompt.typing import UserError
 
 
@@ -353,20 +353,6 @@ def test_a_missing_package_names_the_extra_and_leaves_the_file(
 def test_an_unknown_sink_names_those_there_are(tmp_path):
     with pytest.raises(UserError, match="unknown logging sink 'comet'; there are: tensorboard, w"):
         RunLogger(tmp_path, sinks=["comet"], active=False)
-
-
-def test_table():
-    rows = [("bare backbone", 52.08, 1), ["prompt", 81.25, 20480], ("majority", 50.9, None)]
-    assert table(rows, ("", "accuracy", "bytes")).splitlines() == [
-        "               accuracy   bytes",
-        "-------------  --------  ------",
-        "bare backbone      52.1       1",
-        "prompt             81.2  20,480",
-        "majority           50.9    None",
-    ]
-    assert table([], ["a", "bc"]) == "a  bc\n-  --"
-    with pytest.raises(ValueError, match=r"needs 2 cells, like the header \['a', 'b'\]"):
-        table([["x"]], ["a", "b"])
 
 
 @pytest.mark.parametrize("name", ["logging", "plots", "metrics"])

@@ -5,6 +5,7 @@ Weights are loaded, sharded, initialised and checked against `param_specs`: it a
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -129,6 +130,17 @@ def _stack_specs(config: T5Config, layers: int, *, decoder: bool) -> dict:
         table = ParamSpec((heads, buckets), ("heads", "buckets"), d**-0.5)
         stack["relpos_bias"] = {"rel_embedding": table}
     return stack
+
+
+def body_size(config: T5Config) -> int:
+    """Parameters outside of the embedding table and the output layer."""
+    specs = param_specs(config)
+    ends = specs["token_embedder"], specs["decoder"].get("logits_dense", {})
+
+    def size(tree: Any) -> int:
+        return sum(math.prod(spec.shape) for spec in jax.tree.leaves(tree, is_leaf=_is_spec))
+
+    return size(specs) - size(ends)
 
 
 def init_params(config: T5Config, key: Array, dtype: str = "float32") -> dict:

@@ -1,0 +1,333 @@
+"""`jaxprompt scale`: prompt tuning, model tuning or prompt design over backbones of several sizes.
+
+Measures what is not measured yet, cell by cell, then draws one table and one picture of all, as
+figures 1 and 3 of Lester et al. 2021.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprompt.backbone import load_backbone
+from jaxprompt.config import RunConfig
+from jaxprompt.data.few_shot import with_shots
+from jaxprompt.data.tasks import Task, TaskConfig
+from jaxprompt.files import make_directory, remove_directory, write_file
+from jaxprompt.identity import check_identity
+from jaxprompt.measuring import Answers
+from jaxprompt.plots import ScalePanel, write_scale_plot
+from jaxprompt.scale_config import Cell, Scale, load_scale
+from jaxprompt.schema import to_mapping
+from jaxprompt.sweep import sweep
+from jaxprompt.t5.backbones import fingerprint, read_config, resolve_backbone
+from jaxprompt.t5.layers import body_size
+from jaxprompt.tables import markdown_table, table
+
+_KEPT = "result.json"
+MEAN = "mean of the tasks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a line comes to over one backbone, on one task.
+
+    Attributes:
+      task: "B from A" is task B, with what was trained on A.
+      parameters: of the backbone, embedding table and output layer left out.
+      scores: after training, of each seed that did not diverge; percent, the mean of its metrics.
+      metrics: the same metric by metric.
+      diverged: seeds whose numbers were not finite.
+      bare, majority: of the backbone by itself, and of always giving the most frequent target.
+    """
+
+    task: str
+    line: str
+    backbone: str
+    parameters: int
+    scores: Sequence[float]
+    metrics: Mapping[str, Sequence[float]]
+    diverged: int
+    bare: float
+    majority: float
+
+    @property
+    def mean(self) -> float | None:
+        """Over seeds; None if all diverged."""
+        return statistics.fmean(self.scores) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleResult:
+    """All points of a config, and sentences that say where the pictures are."""
+
+    points: Sequence[Point]
+    pictures: Sequence[str]
+
+
+def main(args: argparse.Namespace) -> None:
+    """The command: `jaxprompt scale CONFIG [key=value ...] [--only LINE] [--json]`."""
+    plan = load_scale(args.config, args.overrides, args.only)
+    result = scale(plan)
+    if result is None:
+        only = [word for name in args.only for word in ("--only", name)]
+        again = shlex.join(["jaxprompt", "scale", args.config, *args.overrides, *only])
+        print(f"\nstopped before the end; go on with:\n  {again}", file=sys.stderr)
+        return
+    if args.json:
+        for point in result.points:
+            print(json.dumps(_told(point), ensure_ascii=False), flush=True)
+    rows, header = _rows(result.points)
+    print("\n".join(["", table(rows, header=header), "", *result.pictures]), file=sys.stderr)
+
+
+def scale(plan: Scale) -> ScaleResult | None:
+    """Measures every cell, resuming what is there; a cell that is done is not measured again.
+
+    Each cell has its directory `output_dir/TASK/LINE/BACKBONE`, with a sweep's files; of tuned
+    backbones nothing but the scores is kept. `scale.json`, `table.md` and
+    `plots/scale.png`, or a picture for each of `pictures`, tell of all cells.
+
+    Returns: None if a SIGTERM stopped it; the same call goes on.
+    Raises: UserError as `sweep.sweep`, or for a directory that holds another cell's result.
+    """
+    points: list[Point] = []
+    for number, cell in enumerate(plan.cells, 1):
+        place = f"{cell.task}, {cell.line}, {cell.backbone} ({number} of {len(plan.cells)})"
+        print(f"\n{place}", file=sys.stderr)
+        found = _measured(cell, plan.zero_shot.get(cell.task, {}))
+        if found is None:
+            return None
+        points += found
+    directory = Path(plan.output_dir)
+    write_file(directory / "scale.json", json.dumps(list(map(_told, points)), indent=1))
+    write_file(directory / "table.md", markdown_table(*_rows(points)) + "\n")
+    pictures = [
+        write_scale_plot(directory / "plots" / f"{name}.png", _panels(drawn))
+        for name, lines in (plan.pictures or {"scale": _names(points, "line")}).items()
+        if (drawn := [point for point in points if point.line in lines])
+    ]
+    return ScaleResult(points, pictures)
+
+
+def _measured(cell: Cell, others: Mapping[str, TaskConfig]) -> list[Point] | None:
+    """A cell's points, of its own task first; kept in its directory. None if it was stopped."""
+    directory = Path(cell.sweep.output_dir)
+    source, kept = resolve_backbone(cell.config.backbone.name), directory / _KEPT
+    what = _identity(cell, others, fingerprint(source))
+    if kept.is_file():
+        held = json.loads(kept.read_text(encoding="utf-8"))
+        check_identity(held["what"], what, directory)
+        points = held["points"]
+    else:
+        answered = _trained(cell, others) if cell.shots is None else _shown(cell, others)
+        if answered is None:
+            return None
+        points = [{"task": task, **one} for task, one in answered.items()]
+        make_directory(directory)
+        write_file(kept, json.dumps({"what": what, "points": points}, indent=1))
+    about = {
+        "line": cell.line,
+        "backbone": cell.backbone,
+        "parameters": body_size(read_config(source)),
+    }
+    return [Point(**about, **point) for point in points]
+
+
+def _identity(cell: Cell, others: Mapping[str, TaskConfig], backbone: str) -> dict[str, Any]:
+    """What a cell's scores depend on; not where its files lie or how it is logged."""
+    config = to_mapping(cell.config)
+    for name in ("output_dir", "seed", "logging", "mesh"):
+        config.pop(name)
+    config["backbone"].pop("name")
+    told = {"backbone fingerprint": backbone, "seeds": cell.seeds, "shots": cell.shots, **config}
+    return told | {"zero_shot": {name: to_mapping(task) for name, task in others.items()}}
+
+
+def _trained(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any] | None:
+    """Task -> its scores, with what each seed trained. None if that was stopped."""
+    swept = sweep(cell.sweep, all_may_diverge=True)
+    if not swept.finished:
+        return None
+    results = list(swept.results.values())
+    whole = [result for result in results if not result.diverged]
+    tuned, first = cell.config.tune == "model", results[0]
+    told = {cell.task: {
+        "scores": [result.score for result in whole],
+        "metrics": _by_name([result.metrics for result in whole]),
+        "bare": first.baseline("bare"), "majority": first.baseline("majority"),
+    }}  # fmt: skip
+
+    def answering(task: Task) -> Iterator[Answers]:
+        for result in whole:
+            name = str(result.prompt) if tuned else cell.config.backbone.name
+            prompt = None if tuned else result.prompt
+            yield Answers(_loaded(cell.config, name), cell.config, prompt, task)
+
+    told |= _others(cell, others, answering)
+    if tuned:  # each is as large as the backbone, with its checkpoints several times that
+        directory = Path(cell.sweep.output_dir)
+        banks = [directory / f"bank-{number}" for number in range(len(results))]
+        kept = [one.output_dir / name for one in results for name in ("best", "prompt")]
+        for place in (directory / "checkpoints", *banks, *kept):
+            remove_directory(place)
+    return {task: {"diverged": len(results) - len(whole), **one} for task, one in told.items()}
+
+
+def _shown(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any]:
+    """Task -> the backbone's scores with examples of the cell's task before the input."""
+    assert cell.shots is not None
+    own, shots = Task(cell.config.task), cell.shots
+    backbone, rows = _loaded(cell.config, cell.config.backbone.name), own.open("train")
+
+    def answering(task: Task) -> Iterator[Answers]:
+        for seed in cell.seeds:
+            text = with_shots(own, rows, shots, seed).config.input
+            asked = Task(dataclasses.replace(task.config, input=text))
+            yield Answers(backbone, cell.config, None, asked)
+
+    told = {cell.task: _measured_on(cell, own, answering)}
+    told |= _others(cell, others, answering)
+    return {task: {"diverged": 0, **one} for task, one in told.items()}
+
+
+def _others(
+    cell: Cell, others: Mapping[str, TaskConfig], answering: Callable[[Task], Iterable[Answers]]
+) -> dict[str, Any]:
+    """The same for tasks that nothing was trained on."""
+    return {
+        f"{name} from {cell.task}": _measured_on(cell, Task(config), answering)
+        for name, config in others.items()
+    }
+
+
+def _measured_on(
+    cell: Cell, task: Task, answering: Callable[[Task], Iterable[Answers]]
+) -> dict[str, Any]:
+    """What each seed's answers to a task come to, and what they are compared with."""
+    source = task.open("validation")
+    alone = Answers(_loaded(cell.config, cell.config.backbone.name), cell.config, None, task)
+    bare, majority = alone.baselines(source)
+    metrics = [one.metrics(source) for one in answering(task)]
+    return {
+        "scores": list(map(alone.score_of, metrics)), "metrics": _by_name(metrics),
+        "bare": bare, "majority": majority,
+    }  # fmt: skip
+
+
+def _by_name(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {name: [one[name] for one in metrics] for name in (metrics[0] if metrics else ())}
+
+
+def _loaded(config: RunConfig, name: str) -> Any:
+    options = config.backbone
+    return load_backbone(
+        name, revision=options.revision, compute=options.compute(), quantize=options.quantize
+    )
+
+
+def _told(point: Point) -> dict[str, Any]:
+    """JSON-ready."""
+    return {**dataclasses.asdict(point), "mean": point.mean, "stdev": point.deviation}
+
+
+def _names(points: Iterable[Point], field: str) -> list[str]:
+    return list(dict.fromkeys(getattr(point, field) for point in points))
+
+
+def _sizes(points: Iterable[Point]) -> dict[str, int]:
+    """Backbones by size. One name may have several directories, but they are of one size."""
+    sizes = {point.backbone: point.parameters for point in points}
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
+
+
+def _rows(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
+    """A row for each line over each backbone, then what they are compared with."""
+    tasks, at = _names(points, "task"), {(p.task, p.line, p.backbone): p for p in points}
+    rows: list[list[object]] = []
+    for line in _names(points, "line"):
+        for backbone in _sizes(points):
+            found = [at.get((task, line, backbone)) for task in tasks]
+            if any(found):
+                rows.append([line, backbone, *map(_spread, found), _mean(found)])
+    for backbone in _sizes(points):
+        first = [
+            next((p for p in points if (p.task, p.backbone) == (task, backbone)), None)
+            for task in tasks
+        ]
+        bare = [None if point is None else point.bare for point in first]
+        rows.append(
+            ["bare backbone", backbone, *("" if b is None else b for b in bare), _mean(bare)]
+        )
+    majority = [next(point.majority for point in points if point.task == task) for task in tasks]
+    rows.append(["most frequent target", "", *majority, _mean(majority)])
+    header = ["validation, %", "backbone", *tasks, MEAN]
+    if len(tasks) == 1:
+        return [row[:-1] for row in rows], header[:-1]
+    return rows, header
+
+
+def _spread(point: Point | None) -> str:
+    if point is None or point.mean is None:
+        return "" if point is None else "diverged"
+    spread = "" if point.deviation is None else f" ± {point.deviation:.1f}"
+    return f"{point.mean:.1f}{spread}" + (
+        f" (+{point.diverged} diverged)" if point.diverged else ""
+    )
+
+
+def _mean(found: Sequence[Point | float | None]) -> object:
+    means = [one.mean if isinstance(one, Point) else one for one in found]
+    there = [mean for mean in means if mean is not None]
+    return statistics.fmean(there) if len(there) == len(means) else ""
+
+
+def _panels(points: Sequence[Point]) -> dict[str, ScalePanel]:
+    """What to draw, the tasks' mean first if there are several."""
+    panels = {
+        task: _panel([p for p in points if p.task == task]) for task in _names(points, "task")
+    }
+    if len(panels) > 1:
+        panels = {MEAN: _panel(_averaged(points)), **panels}
+    return panels
+
+
+def _panel(points: Sequence[Point]) -> ScalePanel:
+    sizes = _sizes(points)
+    lines = {
+        line: sorted((p.parameters, p.scores) for p in points if p.line == line and p.scores)
+        for line in _names(points, "line")
+    }
+    bare = {p.parameters: p.bare for p in reversed(points)}  # of several the first line's
+    majority = statistics.fmean(p.majority for p in points) if points else 0.0
+    return ScalePanel(sizes, lines, sorted(bare.items()), majority)
+
+
+def _averaged(points: Sequence[Point]) -> list[Point]:
+    """Of each line over each backbone the mean over tasks, where all have all their seeds."""
+    tasks, averaged = _names(points, "task"), []
+    for line in _names(points, "line"):
+        for backbone in _sizes(points):
+            own = [p for p in points if (p.line, p.backbone) == (line, backbone)]
+            counts = {len(p.scores) for p in own}
+            if len(own) < len(tasks) or len(counts) > 1:
+                continue
+            seeds = zip(*(p.scores for p in own), strict=True)
+            averaged.append(dataclasses.replace(
+                own[0],
+                task=MEAN,
+                scores=[statistics.fmean(scores) for scores in seeds],
+                bare=statistics.fmean(p.bare for p in own),
+                majority=statistics.fmean(p.majority for p in own),
+            ))  # fmt: skip
+    return averaged
