@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 WORKERS ?= 2
+NANO_TASKS := sst2 demo-kind demo-topic demo-sentiment
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format mini clean
+.PHONY: help setup quickstart test check format mini nano clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +36,20 @@ format: $(STAMP)  ## put formatting and imports right
 mini: $(STAMP)  ## make jaxprompt-mini anew: data, weights, scores, package (DATA=directory of raw data)
 	@test -n "$(DATA)" || { echo "make mini needs DATA=<directory of the raw data>" >&2; exit 2; }
 	@$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bleu]'
 	@$(BIN)/jaxprompt pretrain pretrain/mini
 	@$(BIN)/python tools/mini/evaluate.py --backbone runs/mini/backbone --data "$(DATA)"
 	@$(BIN)/python tools/mini/package.py --run runs/mini --data-card mini_data/data_card.json \
 	    --report runs/mini-evaluation/report.json
+
+nano: $(STAMP)  ## make jaxprompt-nano anew, as mini (DATA=directory of raw data)
+	@test -n "$(DATA)" || { echo "make nano needs DATA=<directory of the raw data>" >&2; exit 2; }
+	@$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data
+	@$(BIN)/jaxprompt pretrain pretrain/nano
+	@$(BIN)/python tools/mini/evaluate.py --backbone runs/nano/backbone --data "$(DATA)" \
+	    --tasks $(NANO_TASKS) --runs runs/nano-evaluation --out runs/nano-evaluation/report.json
+	@$(BIN)/python tools/mini/package.py --run runs/nano --data-card mini_data/data_card.json \
+	    --report runs/nano-evaluation/report.json --name jaxprompt-nano
 
 clean:  ## remove .venv
 	@rm -rf $(VENV)

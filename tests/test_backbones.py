@@ -16,8 +16,16 @@ from stored_backbones import (
     write_config,
 )
 
-from jaxprompt.t5 import backbones, weights
-from jaxprompt.t5.backbones import fingerprint, list_backbones, resolve_backbone
+from jaxprompt.t5 import weights
+from jaxprompt.t5.backbones import (
+    PACKAGED,
+    Packaged,
+    fingerprint,
+    list_backbones,
+    local_directory,
+    planned_config,
+    resolve_backbone,
+)
 from jaxprompt.typing import UserError
 
 
@@ -58,8 +66,27 @@ def test_local_backbones_are_found(tmp_path: Path, monkeypatch: Any):
     assert resolve_backbone(str(directory)) == directory
     monkeypatch.chdir(tmp_path)
     assert resolve_backbone("mine").resolve() == directory
-    monkeypatch.setattr(backbones, "_MINI_DIRECTORY", directory)
-    assert resolve_backbone("jaxprompt-mini") == directory
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_backbone_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: Any):
+    assert PACKAGED[name].directory.parts[-3:] == ("jaxprompt", "assets", name.split("-")[1])
+    directory = save(tmp_path / "packaged", random_state(CONFIG))
+    monkeypatch.setitem(PACKAGED, name, Packaged(directory, ""))
+    assert resolve_backbone(name) == local_directory(name) == directory
+    assert planned_config(name) == CONFIG
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_backbone_that_is_missing_is_not_asked_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setitem(PACKAGED, name, Packaged(tmp_path / name, ""))
+    hub = _Hub(monkeypatch, save(tmp_path / "cached", random_state(CONFIG)), ["config.json"])
+    for find in (resolve_backbone, planned_config):
+        with pytest.raises(UserError, match=f"{tmp_path / name} is missing from this installation"):
+            find(name)
+    assert local_directory(name) is None and not hub.asked
 
 
 @pytest.mark.parametrize(
@@ -69,13 +96,11 @@ def test_local_backbones_are_found(tmp_path: Path, monkeypatch: Any):
         ("/a/b/c", "is no directory and no hub name"),
         ("a b", "is no directory and no hub name"),
         ("empty", "holds no config.json, so it is not a backbone"),
-        ("jaxprompt-mini", "is missing from this installation"),
     ],
 )
 def test_backbones_that_are_none(name: str, message: str, tmp_path: Path, monkeypatch: Any):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(backbones, "_MINI_DIRECTORY", tmp_path / "nothing")
     with pytest.raises(UserError, match=message):
         resolve_backbone(name)
 
@@ -152,6 +177,6 @@ def test_a_repository_without_weights_is_no_backbone(tmp_path: Path, monkeypatch
 
 def test_known_backbones_are_listed_in_one_line_each():
     known = list_backbones()
-    assert next(iter(known)) == "jaxprompt-mini"
+    assert list(known)[:2] == ["jaxprompt-mini", "jaxprompt-nano"]
     assert {"google/t5-xxl-lm-adapt", "google/flan-ul2", "google/umt5-base"} <= known.keys()
     assert all("\n" not in line and "{" not in name for name, line in known.items())

@@ -160,7 +160,7 @@ def test_scaling_of_tied_logits_is_t5x_s_whatever_the_config_says(tmp_path: Path
 
 
 def test_a_sentencepiece_file_is_a_tokenizer(tmp_path: Path, capsys: Any):
-    pieces = backbones._MINI_DIRECTORY / "spiece.model"
+    pieces = backbones.resolve_backbone(backbones.MINI) / "spiece.model"
     size = jp.load_backbone(backbones.MINI).tokenizer.size
     for rows, code in ((size + 3, 0), (size - 1, 2)):
         config = T5Config(vocab_size=rows, d_model=4, d_kv=3, d_ff=4, num_layers=1,

@@ -1,4 +1,4 @@
-"""How jaxprompt-mini is measured and packaged: report, checks and card, on a tiny backbone."""
+"""How backbones of ours are measured and packaged: report, checks, card, on a tiny one."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from jaxprompt.config import BackboneConfig, PretrainConfig, dump, load_config
 from jaxprompt.convert import convert_backbone
 from jaxprompt.data.pretraining import MixtureConfig, MixtureEntry
 from jaxprompt.loop import LoopConfig
-from jaxprompt.t5.backbones import fingerprint
+from jaxprompt.t5.backbones import Packaged, fingerprint
 from jaxprompt.train import TrainResult
 from jaxprompt.typing import UserError
 
@@ -140,8 +140,17 @@ def test_a_stopped_run_leaves_no_result(evaluate, world, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("result.json"))
 
 
+def write_e2e(directory: Path) -> None:
+    """Raw files of E2E: six inputs of two sentences each."""
+    directory.mkdir(parents=True)
+    for file in ("devset.csv", "testset_w_refs.csv"):
+        lines = [f'"{file}, {mr}",says {mr} {n}\n' for mr in range(6) for n in range(2)]
+        (directory / file).write_text("mr,ref\n" + "".join(lines))
+
+
 def test_the_real_tasks_are_configs_that_ship(evaluate, world, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
+    write_e2e(tmp_path / "e2e")
     for task, measure in evaluate.MEASURES.items():
         for tune in ("prompt", "model"):
             config = evaluate.configure(
@@ -149,8 +158,24 @@ def test_the_real_tasks_are_configs_that_ship(evaluate, world, tmp_path, monkeyp
             )
             assert config.task.name in (task, measure.folder) or measure.folder
             assert (config.tune, config.method.length) == (tune, 20)
+            steps = measure.model_steps if tune == "model" else 0
+            assert config.train.steps == (steps or load_config(measure.config).train.steps)
     with pytest.raises(UserError, match="needs --data"):
         evaluate.configure("sst2", "prompt", 0, world.root / "backbone", None, 0, tmp_path)
+
+
+def test_rows_that_the_raw_data_has_not_are_cut_from_it(evaluate, world, tmp_path, monkeypatch):
+    """E2E: answers are held against all sentences of an input of the test set."""
+    monkeypatch.undo()
+    write_e2e(tmp_path / "raw" / "e2e")
+    config = evaluate.configure(
+        "e2e", "prompt", 0, world.root / "backbone", tmp_path / "raw", 0, tmp_path / "runs"
+    )
+    source = config.task.source
+    assert Path(source.data_dir) == tmp_path / "runs" / "data" / "e2e"
+    rows = (Path(source.data_dir) / source.validation).read_text().splitlines()
+    assert len(rows) == 6 and all(len(json.loads(row)["refs"]) == 2 for row in rows)
+    assert all("testset" in row for row in rows) and config.task.references == "refs"
 
 
 # ---------------------------------------------------------------- packaging
@@ -236,12 +261,30 @@ def test_the_package_holds_a_backbone_and_a_card_of_what_was_recorded(
         "CC BY-SA 4.0 | 1,234 rows |",
         "| imdb: also in the test split | 383 |",
         "81.0 ± 1.0 (3 seeds)",
-        "reaches 79.5 % there",
+        "| output layer | its own |",
+        "Prompts of 4 slots over the frozen backbone, and full tuning of the same backbone.",
         fingerprint(world.root / "backbone"),
     ):
         assert fact in text, fact
     prose = [line for line in text.splitlines() if not line.startswith("|")]
     assert max(map(len, prose)) <= 100
+    assert "SST-2 development set" not in text and "quickstart (demo-kind)" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "said"), [("sst2", "reaches 79.5 % there"), ("e2e", "against all sentences of each")]
+)
+def test_a_card_says_what_was_known_of_a_measured_task_alone(
+    package, records, no_torch, tmp_path, monkeypatch, task, said
+):
+    report = tmp_path / "runs" / "report.json"
+    content = json.loads(report.read_text().replace('"tiny"', f'"{task}"'))
+    content["runs"] = [run for run in content["runs"] if run["tune"] == "prompt"]
+    report.write_text(json.dumps(content))
+    run(package, records, monkeypatch)
+    text = " ".join((tmp_path / "assets" / "README.md").read_text().split())
+    assert said in text and "quickstart (demo-kind)" not in text
+    assert "Prompts of 4 slots over the frozen backbone. Every score" in text
 
 
 def test_the_card_of_a_backbone_that_was_adapted_tells_both_runs(
@@ -259,8 +302,6 @@ def test_the_card_of_a_backbone_that_was_adapted_tells_both_runs(
     shutil.copyfile(tmp_path / "mini" / "metrics.jsonl", second / "metrics.jsonl")
     argv = ["--run", str(second), "--data-card", str(tmp_path / "data_card.json")]
     argv += ["--name", "jaxprompt-4m-lm", "--quantize", "int8"]
-    with pytest.raises(SystemExit):  # what ships has scores
-        run(package, argv, monkeypatch)
     run(package, [*argv, "--out", str(tmp_path / "assets")], monkeypatch)
     assert fingerprint(tmp_path / "assets") == fingerprint(world.root / "backbone")
     text = (tmp_path / "assets" / "README.md").read_text()
@@ -287,11 +328,60 @@ def test_too_large_a_backbone_leaves_what_was_there(
 ):
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "README.md").write_text("the one before")
-    monkeypatch.setattr(package, "MAX_BYTES", {"jaxprompt-mini": ("*", 1000)})
+    monkeypatch.setitem(package.SHIPPED, "jaxprompt-mini", package.Form(max_bytes=1000))
     with pytest.raises(SystemExit):
         run(package, records, monkeypatch)
     assert "export_dtype: bfloat16" in capsys.readouterr().err
     assert (tmp_path / "assets" / "README.md").read_text() == "the one before"
+
+
+def test_nano_is_bfloat16_and_has_its_vocabulary_once(
+    package, records, no_torch, tmp_path, monkeypatch, capsys
+):
+    tied = {"tie_word_embeddings": True, "scale_decoder_outputs": True}
+    backbone = write_backbone(tmp_path / "tied", **tied)
+    vocabulary = (backbone / "tokenizer.json").read_text(encoding="utf-8")
+    (backbone / "spiece.model").write_bytes(b"what tokenizer.json says")
+    (tmp_path / "mini" / "backbone").unlink()
+    (tmp_path / "mini" / "backbone").symlink_to(backbone)
+    report = tmp_path / "runs" / "report.json"
+    content = json.loads(report.read_text()) | {"backbone": {"fingerprint": fingerprint(backbone)}}
+    report.write_text(json.dumps(content))
+    place = tmp_path / "nano"
+    monkeypatch.setitem(package.PACKAGED, "jaxprompt-nano", Packaged(place, ""))
+    argv = [*records[: records.index("--out")], "--name", "jaxprompt-nano"]
+    run(package, argv, monkeypatch)
+    assert not (place / "spiece.model").exists()
+    written = (place / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(written) == json.loads(vocabulary) and "\n" not in written
+    loaded = package.load_backbone(str(place))
+    assert loaded.config == dataclasses.replace(CONFIG, **tied)
+    assert loaded.fingerprint == fingerprint(backbone)
+    card = (place / "README.md").read_text()
+    assert "# jaxprompt-nano" in card and "T5 1.0's tied embeddings" in " ".join(card.split())
+    assert "| files | bfloat16, " in card and "| output layer | the embedding table; " in card
+
+    monkeypatch.setitem(package.SHIPPED, "jaxprompt-nano", package.Form(max_bytes=1000))
+    with pytest.raises(SystemExit):
+        run(package, argv, monkeypatch)
+    assert "MB with its card, jaxprompt-nano may be 0:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("jaxprompt-mini", "give --report"),
+        ("jaxprompt-nano", "give --report"),
+        ("jaxprompt-4m-lm", "is not one that ships (jaxprompt-mini, jaxprompt-nano): give --out"),
+    ],
+)
+def test_what_ships_has_a_report_and_what_does_not_a_place(
+    package, records, monkeypatch, capsys, name, message
+):
+    argv = [*records[: records.index("--report")], "--name", name]
+    with pytest.raises(SystemExit):
+        run(package, argv, monkeypatch)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["mini/metrics.jsonl", "data_card.json", "runs/report.json"])
@@ -324,15 +414,12 @@ def test_what_is_held_out_is_in_no_other_part(tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "SST2_VALIDATION", 5)
     monkeypatch.setattr(held_out, "E2E_VALIDATION", 2)
     monkeypatch.setattr(held_out, "E2E_TEST", 3)
-    for name in ("sst2", "e2e"):
-        (tmp_path / "raw" / name).mkdir(parents=True)
+    write_e2e(tmp_path / "raw" / "e2e")
+    (tmp_path / "raw" / "sst2").mkdir()
     rows = [f"sentence {number}\t{number % 2}" for number in range(30)]
     train = "\n".join(["sentence\tlabel", *rows, *rows[:3]])
     (tmp_path / "raw/sst2/train.tsv.xz").write_bytes(lzma.compress(train.encode()))
     (tmp_path / "raw/sst2/dev.tsv").write_text("sentence\tlabel\nits own\t1\n")
-    for file in ("devset.csv", "testset_w_refs.csv"):
-        lines = [f'"{file}, {mr}",says {mr} {n}\n' for mr in range(6) for n in range(2)]
-        (tmp_path / "raw/e2e" / file).write_text("mr,ref\n" + "".join(lines))
     argv = ["--data", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
     held_out.main(argv)
     first = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}

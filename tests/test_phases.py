@@ -26,6 +26,7 @@ phases:
   more: {after: lm}
 """
 LADDER = {
+    "250k": (238_528, 1_048_576),
     "1m": (952_192, 2_097_152),
     "4m": (3_804_928, 4_194_304),
     "16m": (15_933_696, 6_291_456),
@@ -140,10 +141,10 @@ def test_what_extends_wrongly_is_said_with_its_place(tmp_path: Path, text: str, 
 @pytest.mark.parametrize("name", LADDER)
 def test_a_rung_has_the_parameters_of_its_name(name: str):
     phases = load_phases(f"pretrain/ladder/{name}")
-    assert list(phases) == ["span", "lm", "tasks"]
+    assert list(phases) == ["span", "lm", "lm-long", "tasks"]
     model = phases["span"].model
     assert model is not None and model.gated and not model.tie_word_embeddings
-    nominal = 1_000_000 * int(name.removesuffix("m"))
+    nominal = {"k": 1_000, "m": 1_000_000}[name[-1]] * int(name[:-1])
     body, words = LADDER[name]
     assert counted(model) == (body, words) and 0.85 < body / nominal < 1.15
     for phase, config in phases.items():
@@ -161,10 +162,9 @@ def test_the_rungs_differ_in_shape_and_length_alone():
             assert other[phase].validation == config.validation
 
 
-def test_nano_is_under_2_mb_as_int8():
-    """Codes of a byte, float32 scales, what is no matrix as float32; a file header takes 5 kB."""
-    model = load_config("pretrain/ladder/nano", (), PretrainConfig).model
-    assert model is not None and sum(counted(model)) == 1_887_264
-    specs = jax.tree.leaves(param_specs(model, "int8"), is_leaf=lambda leaf: hasattr(leaf, "axes"))
-    sizes = {"int8": 1, "float32": 4, None: 4}
-    assert sum(math.prod(spec.shape) * sizes[spec.dtype] for spec in specs) < 1_990_000
+def test_nano_is_under_2_mb_as_bfloat16():
+    """Two bytes a parameter; the vocabulary's file is 596 kB, card and headers take 20."""
+    model = load_config("pretrain/nano", (), PretrainConfig).model
+    assert model is not None and model.tie_word_embeddings and model.scale_decoder_outputs
+    assert counted(model) == (139_968, 524_288)
+    assert 2 * sum(counted(model)) + 620_000 < 2_000_000

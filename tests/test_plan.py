@@ -32,7 +32,7 @@ from jaxprompt.typing import UserError
 world = run_fixtures.world  # pytest finds fixtures by the module's names
 compiled_programs = run_fixtures.compiled
 
-NOT_PLANNED = {"jaxprompt-mini"}
+NOT_PLANNED = {"jaxprompt-mini", "jaxprompt-nano"}
 
 
 def dots(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +18,24 @@ from jaxprompt.t5.weight_files import WeightFiles, choose_files, open_weights
 from jaxprompt.t5.weights import TOKENIZER_FILES, embedding_is_output, match
 from jaxprompt.typing import UserError
 
+
+class Packaged(NamedTuple):
+    """A backbone inside the package: where it lies, and one line about it."""
+
+    directory: Path
+    line: str
+
+
 MINI = "jaxprompt-mini"
-_MINI_DIRECTORY = Path(__file__).resolve().parents[1] / "assets" / "mini"
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+PACKAGED = {
+    MINI: Packaged(
+        _ASSETS / "mini", "small T5 1.1 of this project, inside the package; needs no network"
+    ),
+    "jaxprompt-nano": Packaged(
+        _ASSETS / "nano", "the same under 2 MB, for tests; embeddings tied; needs no network"
+    ),
+}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NOT_IDENTITY = ("dropout_rate", "model_type")  # of a T5Config: these change no number it computes
 _SAMPLES = 64
@@ -28,28 +44,26 @@ _HINT = "; `jaxprompt convert` makes one of a T5X checkpoint"
 
 def list_backbones() -> dict[str, str]:
     """Known names -> one line about each. Any other T5 on the hub, and any directory, works too."""
-    own = {MINI: "small T5 1.1 of this project, inside the package; needs no network"}
-    return own | known_backbones()
+    return {name: packaged.line for name, packaged in PACKAGED.items()} | known_backbones()
 
 
 def resolve_backbone(name: str, revision: str | None = None) -> Path:
-    """The directory of a backbone: the packaged one, a local one, or one downloaded from the hub.
+    """The directory of a backbone: a packaged one, a local one, or one downloaded from the hub.
 
     From the hub come config.json, the tokenizer and one format of weights; what was downloaded
     before is used again, also without a network.
 
     Args:
-      name: "jaxprompt-mini", a directory, or a hub name.
+      name: one of `PACKAGED`, a directory, or a hub name.
       revision: branch, tag or commit of a hub name; None = main.
     Raises: UserError if there is no such backbone or it cannot be downloaded.
     """
-    directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
+    directory = _local(name)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} holds no config.json, so it is not a backbone{_HINT}")
         return directory
-    if name == MINI:
-        raise UserError(f"{directory} is missing from this installation; install jaxprompt again")
+    _check_not_packaged(name)
     if name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
         raise UserError(f"backbone {name!r} is no directory and no hub name (owner/model){_HINT}")
     return _download(name, revision)
@@ -79,18 +93,19 @@ def planned_config(name: str, revision: str | None = None) -> T5Config:
 
     Raises: UserError if nothing of this tells it.
     """
-    directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
+    directory = _local(name)
     if directory.is_dir():
         has_weights = choose_files(entry.name for entry in directory.iterdir()) is not None
         return read_config(directory) if has_weights else _stated_config(directory / "config.json")
+    _check_not_packaged(name)
     known = known_config(name)
     return known or _stated_config(_downloaded_config(name, revision))
 
 
 def local_directory(name: str, revision: str | None = None) -> Path | None:
     """Where a backbone's files are on this machine; None if they are not. Asks no network."""
-    directory = _MINI_DIRECTORY if name == MINI else Path(name).expanduser()
-    if directory.is_dir() or not _HUB_NAME.fullmatch(name):
+    directory = _local(name)
+    if directory.is_dir() or name in PACKAGED or not _HUB_NAME.fullmatch(name):
         return directory if directory.is_dir() else None
     from huggingface_hub import snapshot_download
 
@@ -134,6 +149,18 @@ def fingerprint_of(files: WeightFiles, config: T5Config) -> str:
             digest.update(f"{path} {weight.layer} {weight.shape}".encode())
             digest.update(values.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _local(name: str) -> Path:
+    """Where a name's files are if it is a packaged backbone or a directory."""
+    return PACKAGED[name].directory if name in PACKAGED else Path(name).expanduser()
+
+
+def _check_not_packaged(name: str) -> None:
+    """Called where a name's directory is not there: the hub has none of ours."""
+    if name in PACKAGED:
+        directory = PACKAGED[name].directory
+        raise UserError(f"{directory} is missing from this installation; install jaxprompt again")
 
 
 def _stated_config(path: Path) -> T5Config:

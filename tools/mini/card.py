@@ -48,28 +48,52 @@ tags: [t5, prompt-tuning]
 ---
 # {name}"""
 _ABOUT = """
-A small English T5 1.1 that the jaxprompt project pretrained itself, with its own vocabulary,
+A small English {kind} that the jaxprompt project pretrained itself, with its own vocabulary,
 {purpose}. It is there to be prompted and looked into, not to be relied on. Its layout is the
 ordinary Hugging Face one: {torch}.
 
 This page is written by `tools/mini/package.py` from the records of {records}."""
+_KINDS = {  # by whether the embeddings are tied
+    False: "T5 1.1",
+    True: "T5 1.1, but for T5 1.0's tied embeddings,",
+}
+_OUTPUTS = {  # by whether it is tied and whether its input is scaled
+    (False, False): "its own",
+    (True, False): "the embedding table",
+    (True, True): "the embedding table; its input is divided by the width's root",
+}
 _PURPOSES = {
     "jaxprompt-mini": "so that the quickstart, the tests and the documentation run on a machine "
     "without a network",
     "jaxprompt-nano": "so that tests have a backbone that is loaded and compiled in no time",
 }
 _RUNG = "a rung of the ladder that shows what changes as a backbone grows (docs/scale.md)"
-_ANEW = "the run; `make mini` makes data, weights, scores and this page anew"
+_ANEW = {
+    "jaxprompt-mini": "the run; `make mini` makes data, weights, scores and this page anew",
+    "jaxprompt-nano": "the run; `make nano` makes data, weights, scores and this page anew",
+}
 _SCORES = """
-Prompts of {length} slots over the frozen backbone, and full tuning of the same backbone. Every
-score is of one evaluation after the last step: no step, seed or run was chosen by it."""
+{tuned}. Every score is of one evaluation after the last step: no step, seed or run was chosen by
+it."""
+_TUNED = {
+    "prompt": "prompts of {length} slots over the frozen backbone",
+    "model": "full tuning of the same backbone",
+}
 _MEASURED = """
-± is the standard deviation over seeds. Steps and batch: {steps}. {machine}; {date}.
-
+± is the standard deviation over seeds. Steps and batch: {steps}. {machine}; {date}."""
+# task -> what was known of its evaluation set; told where it was measured
+_IN_SIGHT = {
+    "sst2": """
 The SST-2 development set was in sight while the data was designed: the n-gram model that labels
 pieces of IMDB reviews reaches {teacher:.1f} % there, and its kind and settings were chosen knowing
-such numbers. No SST-2 sentence was trained on. The settings of the quickstart (demo-kind) were
-chosen on its validation split, with scores of its test split in sight."""
+such numbers. No SST-2 sentence was trained on.""",
+    "demo-kind": """
+The settings of the quickstart (demo-kind) were chosen on its validation split, with scores of its
+test split in sight.""",
+    "e2e": """
+E2E is scored on the first 200 inputs of its test set in an order by digest, against all sentences
+of each.""",
+}
 _LIMITS = """
 English only. It knows little of the world, {instructions}, and writes no coherent text of its own.
 {labels} Inputs of more than {longest} tokens were never seen in training."""
@@ -87,11 +111,23 @@ class Trained:
       config: the run's.
       metrics: the lines of its metrics.jsonl.
       date: when the last of them were written, seconds since 1970.
+      picture: its losses, if they are to be shown.
     """
 
     config: PretrainConfig
     metrics: Sequence[Mapping[str, Any]]
     date: float
+    picture: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return Path(self.config.output_dir).name
+
+    @property
+    def picture_name(self) -> str:
+        """Of its picture beside the card."""
+        return f"loss-{self.name}.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +142,7 @@ class Records:
       architecture, parameters, size, fingerprint: of the packaged backbone; size in bytes.
       stored: how its weights are stored.
       difference: largest distance to torch's logits, None if torch was not there.
+      trained_on: the machine of the pretraining, in words.
     """
 
     name: str
@@ -118,6 +155,7 @@ class Records:
     fingerprint: str
     stored: str
     difference: float | None
+    trained_on: str
 
     @property
     def supervised(self) -> bool:
@@ -140,7 +178,8 @@ def card(records: Records) -> str:
     about = _ABOUT.format(
         purpose=_PURPOSES.get(records.name, _RUNG),
         torch=torch,
-        records=_ANEW if records.name == "jaxprompt-mini" else "its runs",
+        kind=_KINDS[records.architecture.tie_word_embeddings],
+        records=_ANEW.get(records.name, "its runs"),
     )
     limits = _LIMITS.format(
         instructions="follows instructions only of the kinds it was trained on"
@@ -153,7 +192,7 @@ def card(records: Records) -> str:
         _FRONT.format(name=records.name),
         _prose(about),
         _architecture(records),
-        *_training(records.runs),
+        *_training(records),
         _data(records.data, records.supervised),
         _kept_out(records.data),
         _scores(records),
@@ -173,6 +212,7 @@ def _architecture(records: Records) -> str:
             ("width", f"{shape.d_model}, mlp {shape.d_ff} ({shape.activation}, gated)"),
             ("heads", f"{shape.num_heads} of {shape.d_kv}"),
             ("embedding rows", f"{shape.vocab_size:,}"),
+            ("output layer", _OUTPUTS[shape.tie_word_embeddings, shape.scale_decoder_outputs]),
             ("vocabulary", f"{records.data['vocab_size']:,} pieces and sentinels, SentencePiece"),
             ("files", f"{records.stored}, {records.size / 1e6:.1f} MB in all"),
             ("fingerprint", f"`{records.fingerprint}`"),
@@ -180,15 +220,19 @@ def _architecture(records: Records) -> str:
     )
 
 
-def _training(runs: Sequence[Trained]) -> list[str]:
+def _training(records: Records) -> list[str]:
     """A section for each run; of several each has the name of its directory."""
-    names = [f": {Path(run.config.output_dir).name}" if len(runs) > 1 else "" for run in runs]
-    return [
-        f"## Training{name}\n\n{_run_table(run)}" for name, run in zip(names, runs, strict=True)
-    ]
+    sections = []
+    for run in records.runs:
+        name = f": {run.name}" if len(records.runs) > 1 else ""
+        parts = [f"## Training{name}", _run_table(run, records.trained_on)]
+        if run.picture:
+            parts.append(f"![loss of {run.name} over its steps]({run.picture_name})")
+        sections.append("\n\n".join(parts))
+    return sections
 
 
-def _run_table(run: Trained) -> str:
+def _run_table(run: Trained, trained_on: str) -> str:
     config, mixture = run.config, run.config.mixture
     steps, windows = exported_step(run.metrics), training_records(run.metrics)
     recipe = resolve(config.optim)
@@ -210,6 +254,7 @@ def _run_table(run: Trained) -> str:
             f"{mixture.row_target_length} positions, {examples:.0f} examples on average",
         ),
         ("examples", f"{steps * examples:,.0f}"),
+        ("input positions", f"{steps * mixture.batch_size * mixture.row_input_length:,}"),
         ("target tokens", f"{steps * targets:,.0f}"),
         ("mixture, by examples", shares),
         (
@@ -220,6 +265,7 @@ def _run_table(run: Trained) -> str:
         ("loss", f"{statistics.mean(window['loss'] for window in recent):.3f} at the end"),
         *_validation(run.metrics, steps),
         ("time", f"{steps * examples / speed / 3600:.1f} hours at {speed:.0f} examples/s"),
+        ("machine", trained_on),
         ("ended", time.strftime("%Y-%m-%d", time.gmtime(run.date))),
     ]
     return _markdown(("", ""), rows)
@@ -307,18 +353,23 @@ def _scores(records: Records) -> str:
     )
     machines = dict.fromkeys(f"Measured on {run['machine']}" for run in runs)
     lengths = sorted({run["length"] for run in runs if run["tune"] == "prompt"})
+    tuned = [text for tune, text in _TUNED.items() if any(run["tune"] == tune for run in runs)]
+    told = ", and ".join(tuned).format(length=" or ".join(map(str, lengths)))
     measured = _MEASURED.format(
         steps=", ".join(steps),
         machine=" and ".join(machines),
         date=max(run["date"] for run in runs),
-        teacher=records.data["teacher_report"]["sst2_dev_accuracy"],
+    )
+    tasks = {run["task"] for run in runs}
+    in_sight = "".join(text for task, text in _IN_SIGHT.items() if task in tasks).format(
+        teacher=records.data["teacher_report"]["sst2_dev_accuracy"]
     )
     return "\n\n".join(
         [
             "## Scores",
-            _prose(_SCORES.format(length=" or ".join(map(str, lengths)))),
+            _prose(_SCORES.format(tuned=told[0].upper() + told[1:])),
             f"```\n{report_table(records.report['summary'])}\n```",
-            _prose(measured),
+            _prose(f"{measured}\n\n{in_sight}"),
         ]
     )
 

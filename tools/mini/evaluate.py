@@ -18,15 +18,17 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from held_out import cut_e2e
 
 import jaxprompt
 from jaxprompt.config import RunConfig, dump, load_config
 from jaxprompt.files import make_directory, remove_directory, write_file
-from jaxprompt.logging import table
 from jaxprompt.t5.backbones import fingerprint
+from jaxprompt.tables import table
 from jaxprompt.typing import UserError
 
 MODEL_TUNING = ("tune=model", "optim={recipe: model-tuning}")
@@ -37,12 +39,14 @@ class Measure:
     """One task: the config that trains it, what is changed in it, its folder of the raw data.
 
     Full tuning learns in fewer steps than a prompt: `model_steps` of them, 0 = it is not measured.
+    `cut` makes the files that the config wants, name -> text, of the raw folder's; None = no need.
     """
 
     config: str
     overrides: tuple[str, ...] = ()
     folder: str = ""
     model_steps: int = 0
+    cut: Callable[[Path], dict[str, str]] | None = None
 
 
 def _demo(name: str) -> Measure:
@@ -53,7 +57,13 @@ def _demo(name: str) -> Measure:
 
 MEASURES = {
     "sst2": Measure("mini/sst2", folder="sst2", model_steps=500),
-    "qqp": Measure("mini/qqp", folder="qqp_sample"),
+    "qqp": Measure("mini/qqp", folder="qqp_sample", model_steps=300),
+    "mrpc": Measure("mini/mrpc", folder="mrpc", model_steps=300),
+    "cola": Measure("mini/cola", folder="cola", model_steps=300),
+    "rte": Measure("mini/rte", folder="superglue/RTE", model_steps=300),
+    "e2e": Measure(
+        "mini/e2e", ("task.source.validation=test.jsonl",), "e2e", model_steps=300, cut=cut_e2e
+    ),
     "demo-kind": _demo("demo-kind"),
     "demo-topic": _demo("demo-topic"),
     "demo-sentiment": _demo("demo-sentiment"),
@@ -68,9 +78,7 @@ def configure(
     overrides = [*measure.overrides, f"seed={seed}", f"backbone.name={backbone}"]
     overrides += ["train.eval_every=0", "train.early_stopping=0"]
     if measure.folder:
-        if data is None:
-            raise UserError(f"task {task} needs --data, the folder of the raw data")
-        overrides.append(f"task.source.data_dir={data / measure.folder}")
+        overrides.append(f"task.source.data_dir={rows_of(task, data, out)}")
     overrides += MODEL_TUNING if tune == "model" else ()
     steps = steps or (measure.model_steps if tune == "model" else 0)  # 0: as the config says
     overrides += [f"train.steps={steps}"] if steps else ()
@@ -78,6 +86,22 @@ def configure(
     decisive = dump(dataclasses.replace(config, output_dir=""))
     digest = hashlib.sha256(f"{decisive}{fingerprint(backbone)}".encode()).hexdigest()[:8]
     return dataclasses.replace(config, output_dir=str(out / f"{task}-{tune}-{seed}-{digest}"))
+
+
+def rows_of(task: str, data: Path | None, out: Path) -> Path:
+    """The directory of a task's rows; what is not as it came is cut into `out`, each time anew.
+
+    Raises: UserError if `data` or a file in it is missing.
+    """
+    measure = MEASURES[task]
+    if data is None:
+        raise UserError(f"task {task} needs --data, the folder of the raw data")
+    if measure.cut is None:
+        return data / measure.folder
+    directory = make_directory(out / "data" / task)
+    for file, text in measure.cut(data / measure.folder).items():
+        write_file(directory / file, text)
+    return directory
 
 
 def measure(task: str, config: RunConfig) -> dict[str, Any]:

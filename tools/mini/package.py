@@ -1,18 +1,22 @@
-"""Puts a pretrained backbone into the package as jaxprompt-mini, or any elsewhere, with its card.
+"""Puts a pretrained backbone into the package under its name, or any elsewhere, with its card.
 
     python tools/mini/package.py --run runs/mini --data-card mini_data/data_card.json \\
         --report runs/mini-evaluation/report.json
+    python tools/mini/package.py --run runs/nano --data-card mini_data/data_card.json \\
+        --report runs/nano-evaluation/report.json --name jaxprompt-nano
     python tools/mini/package.py --run runs/ladder/4m/lm --data-card mini_data/data_card.json \\
-        --name jaxprompt-4m-lm --out backbones/4m-lm
+        --name jaxprompt-ladder-4m --out backbones/ladder/4m
 
-Checks size, loading and, where torch is installed, that transformers computes the same logits.
+What ships, jaxprompt-mini and jaxprompt-nano, has its place, its limit of size and a report of its
+scores. Checks size, loading and, where torch is installed, that transformers computes the same
+logits.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -21,20 +25,51 @@ from typing import Any
 
 import numpy as np
 from card import Records, Trained, card
+from evaluate import machine
 
 import jaxprompt
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.config import PretrainConfig, load_config
 from jaxprompt.convert import convert_backbone
 from jaxprompt.files import replacing_directory
+from jaxprompt.t5.backbones import PACKAGED
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.weights import TOKENIZER_FILES
 from jaxprompt.trees import count
 from jaxprompt.typing import UserError
 
-ASSETS = Path(jaxprompt.__file__).parent / "assets" / "mini"
-# name -> which files are counted and what they may come to in bytes; nano has mini's vocabulary
-MAX_BYTES = {"jaxprompt-mini": ("*", 20_000_000), "jaxprompt-nano": ("*.safetensors", 2_000_000)}
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a backbone is packaged; None and () = as the run left it.
+
+    Attributes:
+      dtype: of the stored weights.
+      left_out: files of the run's that do not travel.
+      compact: JSON files that are written without white space and escapes.
+      pictures: whether the runs' pictures of their losses travel.
+      max_bytes: what all files together may come to, the card too.
+    """
+
+    dtype: str | None = None
+    left_out: tuple[str, ...] = ()
+    compact: tuple[str, ...] = ()
+    pictures: bool = True
+    max_bytes: int | None = None
+
+
+OTHER = Form("bfloat16")
+SHIPPED = {
+    "jaxprompt-mini": Form(max_bytes=20_000_000),
+    # tokenizer.json says all that spiece.model says, and is what is read where both are there
+    "jaxprompt-nano": Form(
+        "bfloat16",
+        left_out=("spiece.model",),
+        compact=("tokenizer.json",),
+        pictures=False,
+        max_bytes=2_000_000,
+    ),
+}
 MAX_DIFFERENCE = 1e-4  # of a logit to torch's, in units of the largest
 
 
@@ -45,31 +80,41 @@ def package(
     out: Path,
     name: str = "jaxprompt-mini",
     quantize: str = "none",
+    trained_on: str = "",
 ) -> Path:
     """Copies, checks and describes a run's backbone; `out` is replaced only if all is well.
 
     Args:
       report: None = the card says that nothing was measured.
-      name: what the card calls the backbone; some names have a limit of size.
+      name: what the card calls the backbone; those of `SHIPPED` have a form and a limit of size.
       quantize: "int8" stores it so.
+      trained_on: the machine of the pretraining, in words; empty = this one.
     Returns: `out`.
     Raises: UserError for a missing record, a backbone that is too large, does not load or computes
       something else in torch, or a report of another backbone.
     """
     measured = None if report is None else _read_json(report, "evaluate.py writes it")
+    form = SHIPPED.get(name, OTHER)
     with replacing_directory(out) as place:
-        if quantize != "none":
-            convert_backbone(str(run / "backbone"), str(place), quantize=quantize)
+        if quantize != "none" or form.dtype:
+            convert_backbone(str(run / "backbone"), str(place), dtype=form.dtype, quantize=quantize)
         else:
             for file in ("config.json", "model.safetensors", *TOKENIZER_FILES):
                 if (run / "backbone" / file).is_file():
                     shutil.copyfile(run / "backbone" / file, place / file)
+        for file in form.left_out:
+            (place / file).unlink(missing_ok=True)
+        for file in form.compact:
+            _compact(place / file)
         backbone = load_backbone(str(place))
         if measured and measured["backbone"]["fingerprint"] != backbone.fingerprint:
             raise UserError(
                 f"{report} measured another backbone than {run / 'backbone'}: run evaluate.py again"
             )
-        runs = runs_of(run)
+        runs = runs_of(run) if form.pictures else [without_picture(one) for one in runs_of(run)]
+        for one in runs:
+            if one.picture:
+                shutil.copyfile(one.picture, place / one.picture_name)
         records = Records(
             name=name,
             runs=runs,
@@ -79,16 +124,15 @@ def package(
             parameters=count(abstract_params(backbone.config)),
             size=_bytes_in(place),
             fingerprint=backbone.fingerprint,
-            stored=runs[-1].config.export_dtype if quantize == "none" else quantize,
+            stored=quantize if quantize != "none" else form.dtype or runs[-1].config.export_dtype,
             difference=torch_difference(backbone),
+            trained_on=trained_on or machine(),
         )
         (place / "README.md").write_text(card(records), encoding="utf-8")
-        files, most = MAX_BYTES.get(name, ("*", math.inf))
-        if _bytes_in(place, files) > most:
+        if form.max_bytes is not None and _bytes_in(place) > form.max_bytes:
             raise UserError(
-                f"{run / 'backbone'} is {_bytes_in(place, files) / 1e6:.2f} MB of {files} with its "
-                f"card, {name} may be {most / 1e6:.0f}: pretrain with export_dtype: bfloat16, "
-                "--quantize int8, or smaller"
+                f"{run / 'backbone'} is {_bytes_in(place) / 1e6:.2f} MB with its card, {name} may "
+                f"be {form.max_bytes / 1e6:.0f}: pretrain with export_dtype: bfloat16, or smaller"
             )
     return out
 
@@ -96,12 +140,18 @@ def package(
 def runs_of(run: Path) -> list[Trained]:
     """A pretraining run and the runs it began from, the first of them first."""
     config = load_config(run / "config.yaml", (), PretrainConfig)
-    metrics = run / "metrics.jsonl"
-    own = Trained(config, _read_metrics(metrics), metrics.stat().st_mtime)
+    metrics, picture = run / "metrics.jsonl", run / "plots" / "run.png"
+    drawn = picture if picture.is_file() else None
+    own = Trained(config, _read_metrics(metrics), metrics.stat().st_mtime, drawn)
     before = Path(config.backbone.name).parent
     if config.model is not None or not (before / "config.yaml").is_file():
         return [own]
     return [*runs_of(before), own]
+
+
+def without_picture(run: Trained) -> Trained:
+    """The same run, whose picture does not travel."""
+    return dataclasses.replace(run, picture=None)
 
 
 def torch_difference(backbone: Backbone) -> float | None:
@@ -140,6 +190,12 @@ def torch_difference(backbone: Backbone) -> float | None:
     return difference
 
 
+def _compact(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    path.write_text(text, encoding="utf-8")
+
+
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -155,8 +211,14 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _bytes_in(directory: Path, files: str = "*") -> int:
-    return sum(path.stat().st_size for path in directory.glob(files))
+def _bytes_in(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def _place_of(name: str) -> Path:
+    if name not in SHIPPED:
+        raise UserError(f"{name} is not one that ships ({', '.join(SHIPPED)}): give --out")
+    return PACKAGED[name].directory
 
 
 def main() -> None:
@@ -164,16 +226,25 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="output_dir of the pretraining")
     parser.add_argument("--data-card", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--report", type=Path, help="what evaluate.py wrote")
-    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument(
+        "--out", type=Path, help="a directory; without it the place in the package, by the name"
+    )
     parser.add_argument("--name", default="jaxprompt-mini", help="what the card calls it")
     parser.add_argument("--quantize", choices=("none", "int8"), default="none")
+    parser.add_argument(
+        "--trained-on", default="", help="machine of the pretraining, for the card (this one)"
+    )
     args = parser.parse_args()
     try:
-        if args.report is None and args.out == ASSETS:
+        out = args.out or _place_of(args.name)
+        shipped = {PACKAGED[name].directory.resolve() for name in SHIPPED}
+        if args.report is None and out.resolve() in shipped:
             raise UserError(
                 "what ships has its scores in its card: give --report, or another --out"
             )
-        place = package(args.run, args.data_card, args.report, args.out, args.name, args.quantize)
+        place = package(
+            args.run, args.data_card, args.report, out, args.name, args.quantize, args.trained_on
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
