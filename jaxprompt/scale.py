@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.files import make_directory, remove_directory, write_file
 from jaxprompt.identity import check_identity
 from jaxprompt.measuring import Answers
-from jaxprompt.plots import ScalePanel, write_scale_plot
+from jaxprompt.plots import write_scale_plot
 from jaxprompt.scale_config import Cell, Scale, load_scale
+from jaxprompt.scale_points import Point, names_of, panels_of, rows_of, told
 from jaxprompt.schema import to_mapping
 from jaxprompt.sweep import sweep
 from jaxprompt.t5.backbones import fingerprint, read_config, resolve_backbone
@@ -30,41 +30,6 @@ from jaxprompt.t5.layers import body_size
 from jaxprompt.tables import markdown_table, table
 
 _KEPT = "result.json"
-MEAN = "mean of the tasks"
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """What a line comes to over one backbone, on one task.
-
-    Attributes:
-      task: "B from A" is task B, with what was trained on A.
-      parameters: of the backbone, embedding table and output layer left out.
-      scores: after training, of each seed that did not diverge; percent, the mean of its metrics.
-      metrics: the same metric by metric.
-      diverged: seeds whose numbers were not finite.
-      bare, majority: of the backbone by itself, and of always giving the most frequent target.
-    """
-
-    task: str
-    line: str
-    backbone: str
-    parameters: int
-    scores: Sequence[float]
-    metrics: Mapping[str, Sequence[float]]
-    diverged: int
-    bare: float
-    majority: float
-
-    @property
-    def mean(self) -> float | None:
-        """Over seeds; None if all diverged."""
-        return statistics.fmean(self.scores) if self.scores else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.json:
         for point in result.points:
-            print(json.dumps(_told(point), ensure_ascii=False), flush=True)
-    rows, header = _rows(result.points)
+            print(json.dumps(told(point), ensure_ascii=False), flush=True)
+    rows, header = rows_of(result.points)
     print("\n".join(["", table(rows, header=header), "", *result.pictures]), file=sys.stderr)
 
 
@@ -110,11 +75,11 @@ def scale(plan: Scale) -> ScaleResult | None:
             return None
         points += found
     directory = Path(plan.output_dir)
-    write_file(directory / "scale.json", json.dumps(list(map(_told, points)), indent=1))
-    write_file(directory / "table.md", markdown_table(*_rows(points)) + "\n")
+    write_file(directory / "scale.json", json.dumps(list(map(told, points)), indent=1))
+    write_file(directory / "table.md", markdown_table(*rows_of(points)) + "\n")
     pictures = [
-        write_scale_plot(directory / "plots" / f"{name}.png", _panels(drawn))
-        for name, lines in (plan.pictures or {"scale": _names(points, "line")}).items()
+        write_scale_plot(directory / "plots" / f"{name}.png", panels_of(drawn))
+        for name, lines in (plan.pictures or {"scale": names_of(points, "line")}).items()
         if (drawn := [point for point in points if point.line in lines])
     ]
     return ScaleResult(points, pictures)
@@ -124,7 +89,8 @@ def _measured(cell: Cell, others: Mapping[str, TaskConfig]) -> list[Point] | Non
     """A cell's points, of its own task first; kept in its directory. None if it was stopped."""
     directory = Path(cell.sweep.output_dir)
     source, kept = resolve_backbone(cell.config.backbone.name), directory / _KEPT
-    what = _identity(cell, others, fingerprint(source))
+    weights = fingerprint(source)
+    what = _identity(cell, others, weights)
     if kept.is_file():
         held = json.loads(kept.read_text(encoding="utf-8"))
         check_identity(held["what"], what, directory)
@@ -140,6 +106,7 @@ def _measured(cell: Cell, others: Mapping[str, TaskConfig]) -> list[Point] | Non
         "line": cell.line,
         "backbone": cell.backbone,
         "parameters": body_size(read_config(source)),
+        "fingerprint": weights,
     }
     return [Point(**about, **point) for point in points]
 
@@ -150,8 +117,8 @@ def _identity(cell: Cell, others: Mapping[str, TaskConfig], backbone: str) -> di
     for name in ("output_dir", "seed", "logging", "mesh"):
         config.pop(name)
     config["backbone"].pop("name")
-    told = {"backbone fingerprint": backbone, "seeds": cell.seeds, "shots": cell.shots, **config}
-    return told | {"zero_shot": {name: to_mapping(task) for name, task in others.items()}}
+    config |= {"backbone fingerprint": backbone, "seeds": cell.seeds, "shots": cell.shots}
+    return {**config, "zero_shot": {name: to_mapping(task) for name, task in others.items()}}
 
 
 def _trained(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any] | None:
@@ -162,7 +129,7 @@ def _trained(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any] | N
     results = list(swept.results.values())
     whole = [result for result in results if not result.diverged]
     tuned, first = cell.config.tune == "model", results[0]
-    told = {cell.task: {
+    found = {cell.task: {
         "scores": [result.score for result in whole],
         "metrics": _by_name([result.metrics for result in whole]),
         "bare": first.baseline("bare"), "majority": first.baseline("majority"),
@@ -174,14 +141,14 @@ def _trained(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any] | N
             prompt = None if tuned else result.prompt
             yield Answers(_loaded(cell.config, name), cell.config, prompt, task)
 
-    told |= _others(cell, others, answering)
+    found |= _others(cell, others, answering)
     if tuned:  # each is as large as the backbone, with its checkpoints several times that
         directory = Path(cell.sweep.output_dir)
         banks = [directory / f"bank-{number}" for number in range(len(results))]
         kept = [one.output_dir / name for one in results for name in ("best", "prompt")]
         for place in (directory / "checkpoints", *banks, *kept):
             remove_directory(place)
-    return {task: {"diverged": len(results) - len(whole), **one} for task, one in told.items()}
+    return {task: {"diverged": len(results) - len(whole), **one} for task, one in found.items()}
 
 
 def _shown(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any]:
@@ -196,9 +163,8 @@ def _shown(cell: Cell, others: Mapping[str, TaskConfig]) -> dict[str, Any]:
             asked = Task(dataclasses.replace(task.config, input=text))
             yield Answers(backbone, cell.config, None, asked)
 
-    told = {cell.task: _measured_on(cell, own, answering)}
-    told |= _others(cell, others, answering)
-    return {task: {"diverged": 0, **one} for task, one in told.items()}
+    found = {cell.task: _measured_on(cell, own, answering), **_others(cell, others, answering)}
+    return {task: {"diverged": 0, **one} for task, one in found.items()}
 
 
 def _others(
@@ -234,100 +200,3 @@ def _loaded(config: RunConfig, name: str) -> Any:
     return load_backbone(
         name, revision=options.revision, compute=options.compute(), quantize=options.quantize
     )
-
-
-def _told(point: Point) -> dict[str, Any]:
-    """JSON-ready."""
-    return {**dataclasses.asdict(point), "mean": point.mean, "stdev": point.deviation}
-
-
-def _names(points: Iterable[Point], field: str) -> list[str]:
-    return list(dict.fromkeys(getattr(point, field) for point in points))
-
-
-def _sizes(points: Iterable[Point]) -> dict[str, int]:
-    """Backbones by size. One name may have several directories, but they are of one size."""
-    sizes = {point.backbone: point.parameters for point in points}
-    return dict(sorted(sizes.items(), key=lambda item: item[1]))
-
-
-def _rows(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
-    """A row for each line over each backbone, then what they are compared with."""
-    tasks, at = _names(points, "task"), {(p.task, p.line, p.backbone): p for p in points}
-    rows: list[list[object]] = []
-    for line in _names(points, "line"):
-        for backbone in _sizes(points):
-            found = [at.get((task, line, backbone)) for task in tasks]
-            if any(found):
-                rows.append([line, backbone, *map(_spread, found), _mean(found)])
-    for backbone in _sizes(points):
-        first = [
-            next((p for p in points if (p.task, p.backbone) == (task, backbone)), None)
-            for task in tasks
-        ]
-        bare = [None if point is None else point.bare for point in first]
-        rows.append(
-            ["bare backbone", backbone, *("" if b is None else b for b in bare), _mean(bare)]
-        )
-    majority = [next(point.majority for point in points if point.task == task) for task in tasks]
-    rows.append(["most frequent target", "", *majority, _mean(majority)])
-    header = ["validation, %", "backbone", *tasks, MEAN]
-    if len(tasks) == 1:
-        return [row[:-1] for row in rows], header[:-1]
-    return rows, header
-
-
-def _spread(point: Point | None) -> str:
-    if point is None or point.mean is None:
-        return "" if point is None else "diverged"
-    spread = "" if point.deviation is None else f" ± {point.deviation:.1f}"
-    return f"{point.mean:.1f}{spread}" + (
-        f" (+{point.diverged} diverged)" if point.diverged else ""
-    )
-
-
-def _mean(found: Sequence[Point | float | None]) -> object:
-    means = [one.mean if isinstance(one, Point) else one for one in found]
-    there = [mean for mean in means if mean is not None]
-    return statistics.fmean(there) if len(there) == len(means) else ""
-
-
-def _panels(points: Sequence[Point]) -> dict[str, ScalePanel]:
-    """What to draw, the tasks' mean first if there are several."""
-    panels = {
-        task: _panel([p for p in points if p.task == task]) for task in _names(points, "task")
-    }
-    if len(panels) > 1:
-        panels = {MEAN: _panel(_averaged(points)), **panels}
-    return panels
-
-
-def _panel(points: Sequence[Point]) -> ScalePanel:
-    sizes = _sizes(points)
-    lines = {
-        line: sorted((p.parameters, p.scores) for p in points if p.line == line and p.scores)
-        for line in _names(points, "line")
-    }
-    bare = {p.parameters: p.bare for p in reversed(points)}  # of several the first line's
-    majority = statistics.fmean(p.majority for p in points) if points else 0.0
-    return ScalePanel(sizes, lines, sorted(bare.items()), majority)
-
-
-def _averaged(points: Sequence[Point]) -> list[Point]:
-    """Of each line over each backbone the mean over tasks, where all have all their seeds."""
-    tasks, averaged = _names(points, "task"), []
-    for line in _names(points, "line"):
-        for backbone in _sizes(points):
-            own = [p for p in points if (p.line, p.backbone) == (line, backbone)]
-            counts = {len(p.scores) for p in own}
-            if len(own) < len(tasks) or len(counts) > 1:
-                continue
-            seeds = zip(*(p.scores for p in own), strict=True)
-            averaged.append(dataclasses.replace(
-                own[0],
-                task=MEAN,
-                scores=[statistics.fmean(scores) for scores in seeds],
-                bare=statistics.fmean(p.bare for p in own),
-                majority=statistics.fmean(p.majority for p in own),
-            ))  # fmt: skip
-    return averaged

@@ -42,8 +42,10 @@ def kind_of(name: str) -> type:
 
 SWEEPS = {"sweep": 6} | {f"paper/{size}": 24 for size in ("small", "base", "large", "xl", "xxl")}
 COMPARISONS = ("compare", "mini/compare-sst2", "mini/compare-e2e")  # test_compare.py reads them
-PHASES = tuple(f"pretrain/ladder/{rung}" for rung in ("1m", "4m", "16m", "60m"))  # test_phases.py
-SEVERAL = {*SWEEPS, *COMPARISONS, *PHASES}
+RUNGS = ("250k", "1m", "4m", "16m", "60m")
+PHASES = tuple(f"pretrain/ladder/{rung}" for rung in RUNGS)  # test_phases.py
+SCALES = config_names("scale")  # test_scale.py
+SEVERAL = {*SWEEPS, *COMPARISONS, *PHASES, *(f"scale/{name}" for name in SCALES)}
 SINGLE = [name for name in config_names() if "tasks/" not in name and name not in SEVERAL]
 
 

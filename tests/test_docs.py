@@ -9,6 +9,7 @@ import pytest
 from jaxprompt import cli
 from jaxprompt.compare_config import load_comparison
 from jaxprompt.phases import load_phases
+from jaxprompt.scale_config import load_scale
 from jaxprompt.sweep_config import load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,12 @@ DOCUMENTS = sorted(
 )
 
 
-READ = {"train": load_sweep, "compare": load_comparison, "pretrain": load_phases}
+READ = {
+    "train": load_sweep,
+    "compare": load_comparison,
+    "pretrain": load_phases,
+    "scale": load_scale,
+}
 """What reads the config that a command names, with the keys that it sets."""
 
 

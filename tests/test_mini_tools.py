@@ -245,13 +245,20 @@ def no_torch(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_package_holds_a_backbone_and_a_card_of_what_was_recorded(
     package, records, no_torch, tmp_path, world, monkeypatch
 ):
-    run(package, records, monkeypatch)
+    picture = tmp_path / "mini" / "plots" / "run.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"the loss")
+    run(package, [*records, "--trained-on", "an abacus"], monkeypatch)
     assert fingerprint(tmp_path / "assets") == fingerprint(world.root / "backbone")
+    assert (tmp_path / "assets" / "loss-mini.png").read_bytes() == b"the loss"
     text = (tmp_path / "assets" / "README.md").read_text()
     for fact in (
         "| steps | 200 of 400 planned |",  # the last evaluation's, when the weights were written
         "| examples | 10,000 |",
+        "| input positions | 153,600 |",
         "| target tokens | 20,000 |",
+        "| machine | an abacus |",
+        "![loss of mini over its steps](loss-mini.png)",
         "| loss | 2.500 at the end |",
         "loss 1.250, tokens right 71.5 %, whole targets 61.5 %",
         "0.9 hours at 3 examples/s",

@@ -13,9 +13,11 @@ from run_fixtures import World, compiled, review_rows, world, write_backbone, wr
 
 from jaxprompt import scale as room
 from jaxprompt.cli import main
-from jaxprompt.config import load_config
-from jaxprompt.scale import MEAN, Point, scale
+from jaxprompt.config import config_names, load_config
+from jaxprompt.data.tasks import Task
+from jaxprompt.scale import scale
 from jaxprompt.scale_config import load_scale
+from jaxprompt.scale_points import MEAN, Point, panels_of, rows_of
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import body_size, init_params
@@ -182,20 +184,44 @@ def test_a_lines_own_backbones_and_options(world: World, tmp_path: Path):
     assert tuned.config.tune == "model" and tuned.config.train.at_once == 1
 
 
-def test_the_mean_is_of_the_tasks_that_have_all():
-    def point(task: str, scores: list[float], line: str = "a") -> Point:
-        return Point(task, line, "b", 10, scores, {}, 0, 40.0, 50.0)
+def point(task: str, scores: list[float], line: str = "a", **changed: object) -> Point:
+    made = Point(task, line, "b", 10, "0f", scores, {}, 0, 40.0, 50.0)
+    return dataclasses.replace(made, **changed)  # type: ignore[arg-type]
 
+
+def test_the_mean_is_of_the_tasks_that_have_all():
     points = [point("x", [60.0, 70.0]), point("y", [80.0, 100.0]), point("x", [1.0], "odd")]
-    (mean,) = room._averaged(points)
-    assert (mean.task, mean.scores, mean.bare) == (MEAN, [70.0, 85.0], 40.0)
-    rows, header = room._rows(points)
+    panels = panels_of(points)
+    assert list(panels) == [MEAN, "x", "y"]
+    assert panels[MEAN].lines == {"a": [(10, [70.0, 85.0])]}
+    assert panels["x"].lines == {"a": [(10, [60.0, 70.0])], "odd": [(10, [1.0])]}
+    assert panels["x"].bare == [(10, 40.0)] and panels["x"].majority == 50.0
+    rows, header = rows_of(points)
     assert header == ["validation, %", "backbone", "x", "y", MEAN]
-    assert rows[0] == ["a", "b", "65.0 ± 7.1", "90.0 ± 14.1", 77.5]
-    assert rows[1] == ["odd", "b", "1.0", "", ""]
-    assert rows[-1] == ["most frequent target", "", 50.0, 50.0, 50.0]
-    gone = dataclasses.replace(points[0], scores=[], diverged=2)
-    assert room._rows([gone])[0][0] == ["a", "b", "diverged"]
+    assert rows == [
+        ["a", "b", "65.0 ± 7.1", "90.0 ± 14.1", 77.5],
+        ["odd", "b", "1.0", "", ""],
+        ["bare backbone", "b", 40.0, 40.0, 40.0],
+        ["most frequent target", "", 50.0, 50.0, 50.0],
+    ]
+
+
+def test_a_line_without_a_score_is_said_to_have_diverged():
+    gone = point("x", [], diverged=2)
+    assert rows_of([gone])[0][0] == ["a", "b", "diverged"]
+    assert panels_of([gone])["x"].lines == {"a": []}
+    some = point("x", [7.0], diverged=1)
+    assert rows_of([some])[0][0] == ["a", "b", "7.0 (+1 diverged)"]
+
+
+def test_other_weights_of_a_size_have_a_bare_backbone_of_their_own():
+    points = [
+        point("x", [9.0]),
+        point("x", [8.0], "same"),
+        point("x", [7.0], "other", fingerprint="1f", bare=30.0),
+    ]
+    rows, _ = rows_of(points)
+    assert rows[3:5] == [["bare backbone", "b", 40.0], ["bare backbone of other", "b", 30.0]]
 
 
 def test_the_body_is_all_but_embeddings_and_output_layer():
@@ -256,3 +282,33 @@ def test_it_is_no_run_and_names_are_checked(config: Path):
             load(config)
     with pytest.raises(UserError, match=r"--only 'weight' is not one of the lines: prompts"):
         load_scale(config, [], ["weight"])
+
+
+SHIPPED = {"figure1": 4 * 3, "figure3": 1 * 9, "table2": 2 * 2, "rates": 1 * 8}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_reads(name: str):
+    plan = load_scale(f"scale/{name}")
+    assert len(plan.cells) == 3 * SHIPPED[name] and plan.output_dir == f"runs/scale/{name}"
+    for cell in plan.cells:
+        assert cell.seeds[0] == 0 and cell.config.train.eval_every == 0
+        assert cell.config.method.length in (1, 5, 20, 100)
+    assert sorted(SHIPPED) == sorted(set(config_names("scale")) - {"ladder"})
+    with pytest.raises(UserError, match="'tasks' is missing"):
+        load_scale("scale/ladder")
+
+
+def test_what_is_transferred_to_is_asked_in_the_words_of_what_was_trained():
+    plan = load_scale("scale/table2")
+    row = {"Quality": "1", "#1 String": "a b", "#2 String": "c"}
+    config = plan.zero_shot["qqp"]["mrpc"]
+    renamed = {config.source.rename.get(key, key): value for key, value in row.items()}
+    example = Task(config).example(renamed, "here")
+    assert (example.input_text, example.target) == ("question1: a b question2: c", "duplicate")
+    config = plan.zero_shot["mrpc"]["qqp"]
+    row = {"text_a": "a?", "text_b": "b?", "label": "0"}
+    renamed = {config.source.rename.get(key, key): value for key, value in row.items()}
+    example = Task(config).example(renamed, "here")
+    assert example.input_text == "sentence1: a? sentence2: b?"
+    assert example.target == "not_equivalent"

@@ -40,6 +40,7 @@ HOUSE = [
         "planning",
         "pruning",
         "scale_config",
+        "scale_points",
         "step_metrics",
         "sweep_config",
         "trainee",

@@ -1,0 +1,142 @@
+"""What `scale` measures, point by point, as rows of a table and panels of a picture."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxprompt.plots import ScalePanel
+
+MEAN = "mean of the tasks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a line comes to over one backbone, on one task.
+
+    Attributes:
+      task: "B from A" is task B, with what was trained on A.
+      parameters: of the backbone, embedding table and output layer left out.
+      fingerprint: of its weights; a line may have others of that name and size.
+      scores: after training, of each seed that did not diverge; percent, the mean of its metrics.
+      metrics: the same metric by metric.
+      diverged: seeds whose numbers were not finite.
+      bare, majority: of the backbone by itself, and of always giving the most frequent target.
+    """
+
+    task: str
+    line: str
+    backbone: str
+    parameters: int
+    fingerprint: str
+    scores: Sequence[float]
+    metrics: Mapping[str, Sequence[float]]
+    diverged: int
+    bare: float
+    majority: float
+
+    @property
+    def mean(self) -> float | None:
+        """Over seeds; None if all diverged."""
+        return statistics.fmean(self.scores) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+def told(point: Point) -> dict[str, Any]:
+    """A point as JSON-ready values."""
+    return {**dataclasses.asdict(point), "mean": point.mean, "stdev": point.deviation}
+
+
+def names_of(points: Iterable[Point], field: str) -> list[str]:
+    """Values of a field, in order of appearance."""
+    return list(dict.fromkeys(getattr(point, field) for point in points))
+
+
+def _sizes(points: Iterable[Point]) -> dict[str, int]:
+    """Backbones by size. One name may have several directories, but they are of one size."""
+    sizes = {point.backbone: point.parameters for point in points}
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
+
+
+def rows_of(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
+    """A row for each line over each backbone, then what they are compared with."""
+    tasks, at = names_of(points, "task"), {(p.task, p.line, p.backbone): p for p in points}
+    rows: list[list[object]] = []
+    for line in names_of(points, "line"):
+        for backbone in _sizes(points):
+            found = [at.get((task, line, backbone)) for task in tasks]
+            if any(found):
+                rows.append([line, backbone, *map(_spread, found), _mean(found)])
+    weights = {(p.backbone, p.fingerprint): p.line for p in reversed(points)}
+    for backbone in _sizes(points):
+        for line in (line for (name, _), line in reversed(weights.items()) if name == backbone):
+            found = [at.get((task, line, backbone)) for task in tasks]
+            bare = [None if point is None else point.bare for point in found]
+            name = "bare backbone" if line == points[0].line else f"bare backbone of {line}"
+            rows.append([name, backbone, *("" if b is None else b for b in bare), _mean(bare)])
+    majority = [next(point.majority for point in points if point.task == task) for task in tasks]
+    rows.append(["most frequent target", "", *majority, _mean(majority)])
+    header = ["validation, %", "backbone", *tasks, MEAN]
+    if len(tasks) == 1:
+        return [row[:-1] for row in rows], header[:-1]
+    return rows, header
+
+
+def _spread(point: Point | None) -> str:
+    if point is None or point.mean is None:
+        return "" if point is None else "diverged"
+    spread = "" if point.deviation is None else f" ± {point.deviation:.1f}"
+    return f"{point.mean:.1f}{spread}" + (
+        f" (+{point.diverged} diverged)" if point.diverged else ""
+    )
+
+
+def _mean(found: Sequence[Point | float | None]) -> object:
+    means = [one.mean if isinstance(one, Point) else one for one in found]
+    there = [mean for mean in means if mean is not None]
+    return statistics.fmean(there) if len(there) == len(means) else ""
+
+
+def panels_of(points: Sequence[Point]) -> dict[str, ScalePanel]:
+    """What to draw, the tasks' mean first if there are several."""
+    panels = {
+        task: _panel([p for p in points if p.task == task]) for task in names_of(points, "task")
+    }
+    if len(panels) > 1:
+        panels = {MEAN: _panel(_averaged(points)), **panels}
+    return panels
+
+
+def _panel(points: Sequence[Point]) -> ScalePanel:
+    sizes = _sizes(points)
+    lines = {
+        line: sorted((p.parameters, p.scores) for p in points if p.line == line and p.scores)
+        for line in names_of(points, "line")
+    }
+    bare = {p.parameters: p.bare for p in reversed(points)}  # of several the first line's
+    majority = statistics.fmean(p.majority for p in points) if points else 0.0
+    return ScalePanel(sizes, lines, sorted(bare.items()), majority)
+
+
+def _averaged(points: Sequence[Point]) -> list[Point]:
+    """Of each line over each backbone the mean over tasks, where all have all their seeds."""
+    tasks, averaged = names_of(points, "task"), []
+    for line in names_of(points, "line"):
+        for backbone in _sizes(points):
+            own = [p for p in points if (p.line, p.backbone) == (line, backbone)]
+            counts = {len(p.scores) for p in own}
+            if len(own) < len(tasks) or len(counts) > 1:
+                continue
+            seeds = zip(*(p.scores for p in own), strict=True)
+            averaged.append(dataclasses.replace(
+                own[0],
+                task=MEAN,
+                scores=[statistics.fmean(scores) for scores in seeds],
+                bare=statistics.fmean(p.bare for p in own),
+                majority=statistics.fmean(p.majority for p in own),
+            ))  # fmt: skip
+    return averaged
