@@ -1,5 +1,8 @@
 """The backbones in the package: sizes, loading here and in torch, cards, tokenizers."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -80,3 +83,22 @@ def test_a_card_is_of_the_backbone_beside_it(name: str, backbone: Backbone):
     assert f"# {name}\n" in card and f"| fingerprint | `{backbone.fingerprint}` |" in card
     for section in ("## Training", "## Data", "## Kept out", "## Scores", "## Limits"):
         assert f"\n{section}" in card
+
+
+def test_a_prompt_over_nano_learns(tmp_path: Path):
+    """Trained weights are to be prompted: random ones would show a run, but no learning."""
+    words = [
+        "backbone.name=jaxprompt-nano", "task=demo-sentiment", f"output_dir={tmp_path}",
+        "method.length=8", "data.batch_size=16", "train.steps=40", "train.eval_every=0",
+        "train.save_every=0", "logging.terminal=false",
+    ]  # fmt: skip
+    result = jp.train(jp.load_config("quickstart", words))
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+    assert len(losses) == 4 and np.mean(losses[2:]) < 0.75 * losses[0]
+    assert result.score > result.baseline("majority")
+    text = "The soup was cold and the waiter was rude."
+    scores = jp.score(
+        jp.load_backbone("jaxprompt-nano"), jp.load_prompt(str(result.prompt)), [text]
+    )
+    assert scores.shape == (1, 2)
