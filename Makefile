@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 WORKERS ?= 2
-NANO_TASKS := sst2 demo-kind demo-topic demo-sentiment
+NANO_TASKS := sst2 demo-kind
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format mini nano clean
