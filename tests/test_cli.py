@@ -23,6 +23,7 @@ COMMANDS = [
     "predict",
     "inspect",
     "compare",
+    "scale",
     "convert",
     "import",
     "export",
@@ -50,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
 
         rooms = (
             "train pretrain evaluate predict inspection compare convert importing exporting "
-            "transfer plan listing"
+            "transfer plan scale listing"
         )
         for room in rooms.split():
             fake = types.SimpleNamespace(main=main)
