@@ -129,26 +129,14 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt compare`."""
     run_arguments(parser)
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="take this method of the config alone; may be given several times",
-    )
+    _only_argument(parser, "NAME", "take this method")
     json_argument(parser)
 
 
 def scale_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt scale`."""
     run_arguments(parser)
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="take this line of the config alone; may be given several times",
-    )
+    _only_argument(parser, "LINE", "take this line")
     json_argument(parser)
 
 
@@ -161,13 +149,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `jaxprompt pretrain`."""
     train_arguments(parser)
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PHASE",
-        help="run this phase of the config alone; may be given several times",
-    )
+    _only_argument(parser, "PHASE", "run this phase")
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,4 +161,15 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "overrides", metavar="key.sub=value", nargs="*", help="options to change, values as in YAML"
+    )
+
+
+def _only_argument(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    """`--only NAME`, of commands whose configs hold several things by name."""
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar=metavar,
+        help=f"{what} of the config alone; may be given several times",
     )

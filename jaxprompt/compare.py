@@ -21,6 +21,7 @@ from jaxprompt.data.tasks import Task
 from jaxprompt.files import write_file
 from jaxprompt.logging import METRICS_FILE
 from jaxprompt.measuring import Answers
+from jaxprompt.metrics import Repeated
 from jaxprompt.plots import EVAL, SweepRow, write_sweep_plot
 from jaxprompt.prompts import METHODS
 from jaxprompt.sweep import sweep
@@ -33,7 +34,7 @@ _ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(Repeated):
     """What a method came to.
 
     Attributes:
@@ -58,16 +59,6 @@ class Row:
     train_rate: float
     predict_rate: float
     nearly_steps: float | None
-
-    @property
-    def mean(self) -> float | None:
-        """Over seeds; None if all diverged."""
-        return statistics.fmean(self.scores) if self.scores else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ What `compare` and `scale` measure with.
 """
 
 import itertools
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxprompt.data.pipeline import Asked, examples_of
 from jaxprompt.data.sources import Source
 from jaxprompt.data.tasks import Task
 from jaxprompt.evaluate import EvalResult, Evaluator
-from jaxprompt.inference import put_on
+from jaxprompt.inference import cut_note, put_on
 from jaxprompt.trainee import encoder_of, mean_of
 
 _TIMED_EXAMPLES = 256
@@ -40,6 +41,7 @@ class Answers:
         self._on = put_on(backbone, None if prompt is None else load_artifact(prompt))
         encoder = encoder_of(config, self.task, backbone, bare=prompt is None)
         self._evaluator = Evaluator(self._on.graphdef, [encoder])
+        self._longest = config.data.max_input_length
         metric = config.train.metric
         self._names = [metric] if metric in self.task.metrics else self.task.metrics
 
@@ -70,4 +72,6 @@ class Answers:
 
     def _run(self, source: Source) -> EvalResult:
         (result,) = self._evaluator.run(self._on.trained, self._on.frozen, source)
+        if note := cut_note(result.cuts, self._longest):
+            print(note, file=sys.stderr)
         return result

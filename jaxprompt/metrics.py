@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -35,6 +36,25 @@ class Extra:
     positive_label: str = ""
     groups: Sequence[str | int] = ()
     references: Sequence[Sequence[str]] = ()
+
+
+class Repeated:
+    """What was run with several seeds.
+
+    Attributes: scores, of each seed whose numbers stayed finite.
+    """
+
+    scores: Sequence[float]
+
+    @property
+    def mean(self) -> float | None:
+        """Over seeds; None without any."""
+        return statistics.fmean(self.scores) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 NO_EXTRA = Extra()

@@ -5,13 +5,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxprompt.metrics import Repeated
 from jaxprompt.plots import ScalePanel
 
 MEAN = "mean of the tasks"
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Point(Repeated):
     """What a line comes to over one backbone, on one task.
 
     Attributes:
@@ -34,16 +35,6 @@ class Point:
     diverged: int
     bare: float
     majority: float
-
-    @property
-    def mean(self) -> float | None:
-        """Over seeds; None if all diverged."""
-        return statistics.fmean(self.scores) if self.scores else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 def told(point: Point) -> dict[str, Any]:
@@ -70,7 +61,8 @@ def rows_of(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
         for backbone in _sizes(points):
             found = [at.get((task, line, backbone)) for task in tasks]
             if any(found):
-                rows.append([line, backbone, *map(_spread, found), _mean(found)])
+                means = [point and point.mean for point in found]
+                rows.append([line, backbone, *map(_spread, found), _mean(means)])
     weights = {(p.backbone, p.fingerprint): p.line for p in reversed(points)}
     for backbone in _sizes(points):
         for line in (line for (name, _), line in reversed(weights.items()) if name == backbone):
@@ -95,10 +87,10 @@ def _spread(point: Point | None) -> str:
     )
 
 
-def _mean(found: Sequence[Point | float | None]) -> object:
-    means = [one.mean if isinstance(one, Point) else one for one in found]
-    there = [mean for mean in means if mean is not None]
-    return statistics.fmean(there) if len(there) == len(means) else ""
+def _mean(scores: Sequence[float | None]) -> object:
+    """Of all tasks; nothing where one is missing."""
+    there = [score for score in scores if score is not None]
+    return statistics.fmean(there) if len(there) == len(scores) else ""
 
 
 def panels_of(points: Sequence[Point]) -> dict[str, ScalePanel]:

@@ -6,13 +6,13 @@
 import dataclasses
 import json
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxprompt.files import write_file
 from jaxprompt.hosts import is_first
+from jaxprompt.metrics import Repeated
 from jaxprompt.plots import SweepRow, write_sweep_plot
 from jaxprompt.sweep_config import Sweep, SweptRun
 from jaxprompt.tables import table
@@ -23,7 +23,7 @@ _REPEATS = "seed"  # runs that differ in this alone are repeats of one setting
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(Repeated):
     """Runs that differ in nothing but the seed.
 
     Attributes:
@@ -39,16 +39,6 @@ class Setting:
     diverged: int
     bare: float
     majority: float
-
-    @property
-    def mean(self) -> float | None:
-        """Over runs; None without any."""
-        return statistics.fmean(self.scores) if self.scores else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over runs; None for fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
     @property
     def best(self) -> tuple[float, str] | None:

@@ -21,6 +21,7 @@ from jaxprompt.scale_points import MEAN, Point, panels_of, rows_of
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import body_size, init_params
+from jaxprompt.train import train
 from jaxprompt.typing import UserError
 
 __all__ = ["compiled", "world"]  # fixtures
@@ -90,7 +91,7 @@ def test_cells_are_what_train_and_evaluate_say(config: Path, tmp_path: Path, cap
     plan = load_scale(config, [f"output_dir={place}"])
     (cell,) = [c for c in plan.cells if (c.line, c.backbone) == ("weights", "one")]
     alone = dataclasses.replace(cell.sweep.runs[1].config, output_dir=str(tmp_path / "alone"))
-    result = room.sweep.__globals__["train_together"]([alone], [""], alone.output_dir)[0]
+    result = train(alone)
     assert at["tiny", "weights", "one"]["scores"][1] == pytest.approx(result.score)
     tuned = evaluated(
         capsys, "none", "--backbone", str(tmp_path / "alone" / "best"), "--task",
