@@ -230,11 +230,11 @@ def generation_of(args: argparse.Namespace) -> Generation:
     return Generation(search, tuple(args.stop), args.seed)
 
 
-def cut_note(cuts: Cuts, longest: int) -> str:
-    """A sentence on inputs that were cut off; empty if none was."""
+def cut_note(cuts: Cuts, longest: int, option: str = "--max-input-length") -> str:
+    """A sentence on inputs that were cut off, and what takes more; empty if none was."""
     if not cuts.cut_inputs:
         return ""
     return (
         f"{cuts.cut_inputs:,} of {cuts.examples:,} inputs were cut to {longest} tokens, "
-        f"{cuts.cut_input_tokens:,} tokens in all; --max-input-length takes more"
+        f"{cuts.cut_input_tokens:,} tokens in all; {option} takes more"
     )

@@ -72,6 +72,6 @@ class Answers:
 
     def _run(self, source: Source) -> EvalResult:
         (result,) = self._evaluator.run(self._on.trained, self._on.frozen, source)
-        if note := cut_note(result.cuts, self._longest):
+        if note := cut_note(result.cuts, self._longest, "data.max_input_length"):
             print(note, file=sys.stderr)
         return result

@@ -155,6 +155,16 @@ def test_pictures_of_some_lines(config: Path, tmp_path: Path):
     assert drawn == {"shots.png", "no-shots.png"} and len(done.pictures) == 2
 
 
+def test_inputs_that_are_cut_are_said(config: Path, tmp_path: Path, capsys):
+    """The question stands last, behind the shots: cut off, nothing would be asked."""
+    lines = "scale.lines={cut: {shots: 2, data.max_input_length: 6}}"
+    words = [f"output_dir={tmp_path}", "scale.seeds=[0]", "scale.zero_shot=null", lines]
+    place = "scale.backbones={one: %s}" % (config.parent / "backbone")
+    assert scale(load_scale(config, [*words, place, "data.length_buckets=[]"])) is not None
+    said = capsys.readouterr().err
+    assert "inputs were cut to 6 tokens" in said and "data.max_input_length takes more" in said
+
+
 def test_a_stopped_cell_ends_the_command_with_how_to_go_on(
     config: Path, tmp_path: Path, capsys, monkeypatch
 ):
