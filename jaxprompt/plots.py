@@ -35,7 +35,7 @@ def write_run_plot(
     """Draws loss and scores over steps into a PNG of 1200 pixels' width.
 
     Args:
-      metrics_jsonl: the run's records; `loss` is raw and smoothed, `eval/loss` beside it,
+      metrics_jsonl: the run's records; `loss` is raw and smoothed, `eval/.../loss` beside it,
         every other `eval/...` a score in percent. Lines that are no record are passed over.
       png: replaced as a whole; its directory is made where missing.
       title: for instance "sst2 on jaxprompt-mini".
@@ -46,7 +46,8 @@ def write_run_plot(
     if drawing is None:
         return _NO_MATPLOTLIB
     curves = _curves(Path(metrics_jsonl))
-    losses = {name: curves[name] for name in ("loss", f"{EVAL}loss") if name in curves}
+    held_out = [n for n in curves if n.startswith(EVAL) and n.rpartition("/")[2] == "loss"]
+    losses = {name: curves[name] for name in ("loss", *held_out) if name in curves}
     scores = {n: c for n, c in curves.items() if n.startswith(EVAL) and n not in losses}
     panels = [
         (draw, data) for draw, data in ((_draw_losses, losses), (_draw_scores, scores)) if data
@@ -292,10 +293,16 @@ def _draw_losses(axes: Any, losses: Mapping[str, _Curve]) -> None:
         axes.plot(steps, smoothed, color=_BLUE, linewidth=2, label="training, smoothed")
         # A few spikes must not flatten the curve that matters.
         shown += [*np.percentile(values, [0, 99]), *smoothed]
-    if f"{EVAL}loss" in losses:
-        steps, values = losses[f"{EVAL}loss"]
-        style = {"color": _VERMILION, "marker": "o", "markersize": 4, "linewidth": 1.5}
-        axes.plot(steps, values, label="evaluation", **style)
+    held_out = {name: curve for name, curve in losses.items() if name != "loss"}
+    for place, (name, (steps, values)) in enumerate(held_out.items(), 1):  # 0 is training's blue
+        of_what = name.removeprefix(EVAL).removesuffix("loss").rstrip("/").replace("_", " ")
+        style = {
+            "color": _SCORE_COLOURS[place % len(_SCORE_COLOURS)],
+            "marker": _MARKERS[(place - 1) % len(_MARKERS)], "markersize": 4, "linewidth": 1.5,
+        }  # fmt: skip
+        axes.plot(
+            steps, values, label=f"evaluation, {of_what}" if of_what else "evaluation", **style
+        )
         shown += values
     low, high = min(shown), max(shown)
     margin = 0.05 * (high - low) or 0.1
@@ -312,6 +319,7 @@ def _draw_scores(axes: Any, scores: Mapping[str, _Curve]) -> None:
             marker=_MARKERS[place % len(_MARKERS)],
             markersize=4,
             linewidth=1.8,
+            linestyle="-" if place < len(_SCORE_COLOURS) else "--",
             label=f"{name.removeprefix(EVAL).replace('_', ' ')}, last {values[-1]:.1f}",
         )
 

@@ -82,6 +82,28 @@ def test_loss_and_scores_are_drawn(run, figures):
     assert len({line.get_color() for line in below.lines[:2]}) == 2
 
 
+def test_held_out_losses_of_several_objectives_are_among_the_losses(tmp_path, figures):
+    record = {"step": 1, "loss": 3.0}
+    for name in ("span_corruption", "prefix_lm", "supervised", "supervised_2"):
+        record |= {
+            f"eval/{name}/loss": 4.0,
+            f"eval/{name}/accuracy": 30.0,
+            f"eval/{name}/exact": 1.0,
+        }
+    run = tmp_path / "metrics.jsonl"
+    run.write_text(json.dumps(record), encoding="utf-8")
+    write_run_plot(run, tmp_path / "run.png")
+    above, below = figures[0].axes
+    assert list(curves(above))[2:] == [
+        "evaluation, span corruption", "evaluation, prefix lm", "evaluation, supervised",
+        "evaluation, supervised 2",
+    ]  # fmt: skip
+    assert len(below.lines) == 8 and not any("loss" in name for name in curves(below))
+    looks = {(line.get_color(), line.get_linestyle()) for line in below.lines}
+    assert len(looks) == 8
+    assert above.get_ylim()[1] > 4.0
+
+
 def test_a_run_without_scores_has_one_panel(tmp_path, figures):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n')
