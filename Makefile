@@ -6,7 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 WORKERS ?= 2
-NANO_TASKS := sst2 demo-kind
+
+# texts, tasks and vocabulary to pretrain on, and what scores are measured on; `data` is a link to DATA
+define pretraining_data
+test -n "$(DATA)" || { echo "make $@ needs DATA=<directory of the raw data>" >&2; exit 2; }; \
+test -e data || ln -s "$(DATA)" data; \
+$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data && \
+$(BIN)/python tools/mini/held_out.py --data "$(DATA)" --out compare_data && \
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bleu]'
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format mini nano clean
@@ -34,22 +42,18 @@ format: $(STAMP)  ## put formatting and imports right
 	@$(BIN)/ruff format .
 
 mini: $(STAMP)  ## make jaxprompt-mini anew: data, weights, scores, package (DATA=directory of raw data)
-	@test -n "$(DATA)" || { echo "make mini needs DATA=<directory of the raw data>" >&2; exit 2; }
-	@$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bleu]'
-	@$(BIN)/jaxprompt pretrain pretrain/mini
-	@$(BIN)/python tools/mini/evaluate.py --backbone runs/mini/backbone --data "$(DATA)"
-	@$(BIN)/python tools/mini/package.py --run runs/mini --data-card mini_data/data_card.json \
-	    --report runs/mini-evaluation/report.json
+	@$(pretraining_data)
+	@$(BIN)/jaxprompt pretrain pretrain/ladder/4m --only span --only lm --only tasks
+	@$(BIN)/jaxprompt scale scale/figure1 'scale.backbones={4M: runs/ladder/4m/tasks/backbone}'
+	@$(BIN)/python tools/mini/package.py --run runs/ladder/4m/tasks --data-card mini_data/data_card.json \
+	    --scores runs/scale/figure1/scale.json --name jaxprompt-mini
 
 nano: $(STAMP)  ## make jaxprompt-nano anew, as mini (DATA=directory of raw data)
-	@test -n "$(DATA)" || { echo "make nano needs DATA=<directory of the raw data>" >&2; exit 2; }
-	@$(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data
+	@$(pretraining_data)
 	@$(BIN)/jaxprompt pretrain pretrain/nano
-	@$(BIN)/python tools/mini/evaluate.py --backbone runs/nano/backbone --data "$(DATA)" \
-	    --tasks $(NANO_TASKS) --runs runs/nano-evaluation --out runs/nano-evaluation/report.json
+	@$(BIN)/jaxprompt scale scale/figure1 'scale.backbones={nano: runs/nano/backbone}' output_dir=runs/scale/nano
 	@$(BIN)/python tools/mini/package.py --run runs/nano --data-card mini_data/data_card.json \
-	    --report runs/nano-evaluation/report.json --name jaxprompt-nano
+	    --scores runs/scale/nano/scale.json --name jaxprompt-nano
 
 clean:  ## remove .venv
 	@rm -rf $(VENV)

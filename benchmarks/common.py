@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from jaxprompt import steps, trees
+from jaxprompt.measuring import processor
 from jaxprompt.model import PromptedT5
 from jaxprompt.prompts.soft import SoftPrompt
 from jaxprompt.t5.backbones import MINI, planned_config
@@ -169,19 +170,10 @@ def machine() -> str:
     device = jax.devices()[0]
     now = datetime.datetime.now(datetime.UTC)
     return (
-        f"{now:%Y-%m-%d %H:%M} UTC · {_processor()} · {os.cpu_count()} cores · "
+        f"{now:%Y-%m-%d %H:%M} UTC · {processor()} · {os.cpu_count()} cores · "
         f"load {os.getloadavg()[0]:.1f} · {device.platform} ({device.device_kind}) · "
         f"Python {platform.python_version()} · jax {jax.__version__}"
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def peak_bytes() -> int:

@@ -157,7 +157,7 @@ _COMMANDS = {
         "pretrain",
         pretrain_arguments,
         "pretrain a backbone or adapt one to language modelling, all parameters",
-        "jaxprompt pretrain pretrain/mini output_dir=runs/mini",
+        "jaxprompt pretrain pretrain/ladder/1m",
     ),
     "evaluate": _Command(
         "evaluate",

@@ -1,13 +1,17 @@
 """One prompt, or a backbone alone, answering a task as a run's config says: a score.
 
-What `compare` and `scale` measure with.
+What `compare` and `scale` measure with, and what a measurement says of its machine.
 """
 
 import itertools
+import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import jax
 
 from jaxprompt.artifact import load_artifact
 from jaxprompt.backbone import Backbone
@@ -75,3 +79,21 @@ class Answers:
         if note := cut_note(result.cuts, self._longest, "data.max_input_length"):
             print(note, file=sys.stderr)
         return result
+
+
+def machine() -> str:
+    """What this runs on, in words: "2 cores of AMD EPYC", "4 x NVIDIA H200"."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    own = getattr(os, "sched_getaffinity", None)  # Linux alone knows which cores a process may use
+    cores = (len(own(0)) if own else os.cpu_count()) or 1
+    return f"{cores} core{'s' if cores > 1 else ''} of {processor()}"
+
+
+def processor() -> str:
+    """The name of this machine's processor, as far as it is known."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

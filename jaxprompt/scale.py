@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jaxprompt.data.few_shot import with_shots
 from jaxprompt.data.tasks import Task, TaskConfig
 from jaxprompt.files import make_directory, remove_directory, write_file
 from jaxprompt.identity import check_identity
-from jaxprompt.measuring import Answers
+from jaxprompt.measuring import Answers, machine
 from jaxprompt.plots import write_scale_plot
 from jaxprompt.scale_config import Cell, Scale, load_scale
 from jaxprompt.scale_points import Point, names_of, panels_of, rows_of, told
@@ -99,10 +100,12 @@ def _measured(cell: Cell, others: Mapping[str, TaskConfig]) -> list[Point] | Non
         answered = _trained(cell, others) if cell.shots is None else _shown(cell, others)
         if answered is None:
             return None
-        points = [{"task": task, **one} for task, one in answered.items()]
+        measured = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        points = [{"task": task, **one, **measured} for task, one in answered.items()]
         make_directory(directory)
         write_file(kept, json.dumps({"what": what, "points": points}, indent=1))
     about = {
+        "trained_on": cell.task,
         "line": cell.line,
         "backbone": cell.backbone,
         "parameters": body_size(read_config(source)),

@@ -1,12 +1,15 @@
 """What `scale` measures, point by point, as rows of a table and panels of a picture."""
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxprompt.metrics import Repeated
 from jaxprompt.plots import ScalePanel
+from jaxprompt.typing import UserError
 
 MEAN = "mean of the tasks"
 
@@ -16,16 +19,18 @@ class Point(Repeated):
     """What a line comes to over one backbone, on one task.
 
     Attributes:
-      task: "B from A" is task B, with what was trained on A.
+      task, trained_on: the same, or "B from A" and A: task B with what was trained on A.
       parameters: of the backbone, embedding table and output layer left out.
       fingerprint: of its weights; a line may have others of that name and size.
       scores: after training, of each seed that did not diverge; percent, the mean of its metrics.
       metrics: the same metric by metric.
       diverged: seeds whose numbers were not finite.
       bare, majority: of the backbone by itself, and of always giving the most frequent target.
+      machine, date: where and when it was measured.
     """
 
     task: str
+    trained_on: str
     line: str
     backbone: str
     parameters: int
@@ -35,11 +40,33 @@ class Point(Repeated):
     diverged: int
     bare: float
     majority: float
+    machine: str
+    date: str
+
+    @property
+    def transferred(self) -> bool:
+        """Whether nothing was trained on its task."""
+        return self.task != self.trained_on
 
 
 def told(point: Point) -> dict[str, Any]:
     """A point as JSON-ready values."""
     return {**dataclasses.asdict(point), "mean": point.mean, "stdev": point.deviation}
+
+
+def read_points(path: Path) -> list[Point]:
+    """The points of a `scale.json`.
+
+    Raises: UserError for a file that is not there or holds none.
+    """
+    names = [field.name for field in dataclasses.fields(Point)]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [Point(**{name: one[name] for name in names}) for one in content]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no scale.json of `jaxprompt scale`: {error!r}") from error
 
 
 def names_of(points: Iterable[Point], field: str) -> list[str]:
@@ -54,14 +81,19 @@ def _sizes(points: Iterable[Point]) -> dict[str, int]:
 
 
 def rows_of(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
-    """A row for each line over each backbone, then what they are compared with."""
-    tasks, at = names_of(points, "task"), {(p.task, p.line, p.backbone): p for p in points}
+    """A row for each line over each backbone, then what they are compared with.
+
+    The mean is of the tasks that were trained on.
+    """
+    own = names_of([point for point in points if not point.transferred], "task")
+    tasks = own + names_of([point for point in points if point.transferred], "task")
+    at = {(p.task, p.line, p.backbone): p for p in points}
     rows: list[list[object]] = []
     for line in names_of(points, "line"):
         for backbone in _sizes(points):
             found = [at.get((task, line, backbone)) for task in tasks]
             if any(found):
-                means = [point and point.mean for point in found]
+                means = [point and point.mean for point in found[: len(own)]]
                 rows.append([line, backbone, *map(_spread, found), _mean(means)])
     weights = {(p.backbone, p.fingerprint): p.line for p in reversed(points)}
     for backbone in _sizes(points):
@@ -69,11 +101,13 @@ def rows_of(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
             found = [at.get((task, line, backbone)) for task in tasks]
             bare = [None if point is None else point.bare for point in found]
             name = "bare backbone" if line == points[0].line else f"bare backbone of {line}"
-            rows.append([name, backbone, *("" if b is None else b for b in bare), _mean(bare)])
+            rows.append(
+                [name, backbone, *("" if b is None else b for b in bare), _mean(bare[: len(own)])]
+            )
     majority = [next(point.majority for point in points if point.task == task) for task in tasks]
-    rows.append(["most frequent target", "", *majority, _mean(majority)])
+    rows.append(["most frequent target", "", *majority, _mean(majority[: len(own)])])
     header = ["validation, %", "backbone", *tasks, MEAN]
-    if len(tasks) == 1:
+    if len(own) == 1:
         return [row[:-1] for row in rows], header[:-1]
     return rows, header
 
@@ -94,12 +128,13 @@ def _mean(scores: Sequence[float | None]) -> object:
 
 
 def panels_of(points: Sequence[Point]) -> dict[str, ScalePanel]:
-    """What to draw, the tasks' mean first if there are several."""
+    """What to draw, the mean of the tasks that were trained on first if there are several."""
     panels = {
         task: _panel([p for p in points if p.task == task]) for task in names_of(points, "task")
     }
-    if len(panels) > 1:
-        panels = {MEAN: _panel(_averaged(points)), **panels}
+    own = [point for point in points if not point.transferred]
+    if len(names_of(own, "task")) > 1:
+        panels = {MEAN: _panel(_averaged(own)), **panels}
     return panels
 
 
@@ -127,6 +162,7 @@ def _averaged(points: Sequence[Point]) -> list[Point]:
             averaged.append(dataclasses.replace(
                 own[0],
                 task=MEAN,
+                trained_on=MEAN,
                 scores=[statistics.fmean(scores) for scores in seeds],
                 bare=statistics.fmean(p.bare for p in own),
                 majority=statistics.fmean(p.majority for p in own),

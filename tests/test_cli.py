@@ -69,7 +69,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, argparse.Na
         ("train c.yaml a=1 --debug b=2", "train", {"overrides": ["a=1", "b=2"], "debug": True}),
         ("--debug train c.yaml", "train", {"debug": True}),
         ("train c.yaml a=-1", "train", {"overrides": ["a=-1"]}),
-        ("pretrain pretrain/mini seed=1", "pretrain", {"overrides": ["seed=1"]}),
+        ("pretrain pretrain/nano seed=1", "pretrain", {"overrides": ["seed=1"]}),
         ("evaluate p", "evaluate", {"prompts": ["p"], "task": None, "data": None, "json": False}),
         ("evaluate p q --task sst2 --json", "evaluate", {"prompts": ["p", "q"], "task": "sst2"}),
         ("evaluate p --data f.csv", "evaluate", {"data": "f.csv", "split": "validation"}),

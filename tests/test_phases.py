@@ -96,8 +96,8 @@ def test_phases_that_cannot_be_are_said(
 def test_phases_are_no_single_run(tmp_path: Path):
     with pytest.raises(UserError, match="this config has phases, so it is several runs"):
         load_config(write(tmp_path, BASE), (), PretrainConfig)
-    with pytest.raises(UserError, match="--only 'span': pretrain/mini has no phases"):
-        load_phases("pretrain/mini", (), ["span"])
+    with pytest.raises(UserError, match="--only 'span': pretrain/nano has no phases"):
+        load_phases("pretrain/nano", (), ["span"])
 
 
 def test_a_config_extends_another(tmp_path: Path):

@@ -362,6 +362,6 @@ def test_what_trains_weights_refuses_codes():
     with pytest.raises(UserError, match=r"pretraining trains .* leave out backbone.quantize"):
         from jaxprompt.config import PretrainConfig, load_config
 
-        load_config("pretrain/mini", ["backbone.quantize=int4"], PretrainConfig)
+        load_config("pretrain/nano", ["backbone.quantize=int4"], PretrainConfig)
     with pytest.raises(UserError, match=r"backbone.quantize"):
         jp.load_config("quickstart", ["backbone.quantize=int2"])

@@ -15,9 +15,10 @@ from jaxprompt import scale as room
 from jaxprompt.cli import main
 from jaxprompt.config import config_names, load_config
 from jaxprompt.data.tasks import Task
+from jaxprompt.measuring import machine
 from jaxprompt.scale import scale
 from jaxprompt.scale_config import load_scale
-from jaxprompt.scale_points import MEAN, Point, panels_of, rows_of
+from jaxprompt.scale_points import MEAN, Point, panels_of, read_points, rows_of
 from jaxprompt.sweep_config import load_sweep
 from jaxprompt.t5.config import T5Config
 from jaxprompt.t5.layers import body_size, init_params
@@ -121,6 +122,8 @@ def test_cells_are_what_train_and_evaluate_say(config: Path, tmp_path: Path, cap
     for point in points:
         assert f"{point['mean']:.1f} ± {point['stdev']:.1f}" in table
     assert json.loads((place / "scale.json").read_text(encoding="utf-8")) == points
+    assert list(map(room.told, read_points(place / "scale.json"))) == points
+    assert all(p["machine"] == machine() and p["date"].count("-") == 2 for p in points)
     assert (place / "plots" / "scale.png").exists() == ("scale.png" in said.err)
     assert "bare backbone" in said.err and "most frequent target" in said.err
 
@@ -196,8 +199,19 @@ def test_a_lines_own_backbones_and_options(world: World, tmp_path: Path):
 
 
 def point(task: str, scores: list[float], line: str = "a", **changed: object) -> Point:
-    made = Point(task, line, "b", 10, "0f", scores, {}, 0, 40.0, 50.0)
+    made = Point(
+        task, task, line, "b", 10, "0f", scores, {}, 0, 40.0, 50.0, "an abacus", "2026-12-01"
+    )
     return dataclasses.replace(made, **changed)  # type: ignore[arg-type]
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"scale\.json: cannot be read"):
+        read_points(tmp_path / "scale.json")
+    for content in ("{", "[{}]", "[3]"):
+        (tmp_path / "scale.json").write_text(content)
+        with pytest.raises(UserError, match=r"is no scale\.json of `jaxprompt scale`"):
+            read_points(tmp_path / "scale.json")
 
 
 def test_the_mean_is_of_the_tasks_that_have_all():
@@ -215,6 +229,22 @@ def test_the_mean_is_of_the_tasks_that_have_all():
         ["bare backbone", "b", 40.0, 40.0, 40.0],
         ["most frequent target", "", 50.0, 50.0, 50.0],
     ]
+
+
+def test_what_was_transferred_is_not_in_the_mean():
+    points = [
+        point("y from x", [0.0], trained_on="x", majority=0.0),
+        point("x", [60.0]),
+        point("y", [80.0]),
+    ]
+    rows, header = rows_of(points)
+    assert header[2:] == ["x", "y", "y from x", MEAN]
+    assert [row[-1] for row in rows] == [70.0, 40.0, 50.0]
+    panels = panels_of(points)
+    assert list(panels) == [MEAN, "y from x", "x", "y"]
+    assert panels[MEAN].lines == {"a": [(10, [70.0])]}
+    rows, header = rows_of(points[:2])
+    assert header[2:] == ["x", "y from x"] and rows[0][2:] == ["60.0", "0.0"]
 
 
 def test_a_line_without_a_score_is_said_to_have_diverged():
@@ -295,13 +325,19 @@ def test_it_is_no_run_and_names_are_checked(config: Path):
         load_scale(config, [], ["weight"])
 
 
-SHIPPED = {"figure1": 4 * 3, "figure3": 1 * 9, "table2": 2 * 2, "rates": 1 * 8}
+SHIPPED = {  # cells
+    "figure1": 6 * 3 * 3,
+    "figure1-lm": 6 * 3 * 3,
+    "figure3": 1 * 9 * 3,
+    "rates": 1 * 8 * 3,
+    "demo": 3 * 3 * 2,
+}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_reads(name: str):
     plan = load_scale(f"scale/{name}")
-    assert len(plan.cells) == 3 * SHIPPED[name] and plan.output_dir == f"runs/scale/{name}"
+    assert len(plan.cells) == SHIPPED[name] and plan.output_dir == f"runs/scale/{name}"
     for cell in plan.cells:
         assert cell.seeds[0] == 0 and cell.config.train.eval_every == 0
         assert cell.config.method.length in (1, 5, 20, 100)
@@ -311,7 +347,7 @@ def test_what_ships_reads(name: str):
 
 
 def test_what_is_transferred_to_is_asked_in_the_words_of_what_was_trained():
-    plan = load_scale("scale/table2")
+    plan = load_scale("scale/figure1")
     row = {"Quality": "1", "#1 String": "a b", "#2 String": "c"}
     config = plan.zero_shot["qqp"]["mrpc"]
     renamed = {config.source.rename.get(key, key): value for key, value in row.items()}

@@ -1,4 +1,4 @@
-"""Writes the card of a backbone of ours from what its runs, its data and its evaluation recorded.
+"""Writes the card of a backbone of ours from what its runs, its data and its scores recorded.
 
 Called by `package.py`. Every number comes from a file; only names, licences and sentences stand
 here.
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate import report_table
-
 from jaxprompt.config import PretrainConfig
 from jaxprompt.data.pretraining import MixtureEntry
 from jaxprompt.optim import resolve
+from jaxprompt.scale_points import Point, rows_of
 from jaxprompt.t5.config import T5Config
+from jaxprompt.tables import markdown_table
 
 # what data_card.json calls it -> what it is, and the terms it comes under
 TEXTS = {
@@ -73,23 +73,18 @@ _ANEW = {
     "jaxprompt-nano": "the run; `make nano` makes data, weights, scores and this page anew",
 }
 _SCORES = """
-{tuned}. Every score is of one evaluation after the last step: no step, seed or run was chosen by
-it."""
-_TUNED = {
-    "prompt": "prompts of {length} slots over the frozen backbone",
-    "model": "full tuning of the same backbone",
-}
+Lines of `configs/scale/figure1.yaml`, as `jaxprompt scale scale/figure1` measures them: prompts of
+20 slots over the frozen backbone, all of its weights tuned, and four examples in words before every
+input. A score is {metrics}, from one evaluation after the last step: no step, seed or run was
+chosen by it. ± is the standard deviation over {seeds} seeds."""
 _MEASURED = """
-± is the standard deviation over seeds. Steps and batch: {steps}. {machine}; {date}."""
+Measured on {machine}; {date}."""
 # task -> what was known of its evaluation set; told where it was measured
 _IN_SIGHT = {
     "sst2": """
 The SST-2 development set was in sight while the data was designed: the n-gram model that labels
 pieces of IMDB reviews reaches {teacher:.1f} % there, and its kind and settings were chosen knowing
 such numbers. No SST-2 sentence was trained on.""",
-    "demo-kind": """
-The settings of the quickstart (demo-kind) were chosen on its validation split, with scores of its
-test split in sight.""",
     "e2e": """
 E2E is scored on the first 200 inputs of its test set in an order by digest, against all sentences
 of each.""",
@@ -138,7 +133,7 @@ class Records:
       name: of the backbone.
       runs: the pretraining runs, each from the weights of the one before.
       data: data_card.json.
-      report: what evaluate.py wrote, None if nothing was measured.
+      points: what was measured of it; empty = nothing.
       architecture, parameters, size, fingerprint: of the packaged backbone; size in bytes.
       stored: how its weights are stored.
       difference: largest distance to torch's logits, None if torch was not there.
@@ -148,7 +143,7 @@ class Records:
     name: str
     runs: Sequence[Trained]
     data: Mapping[str, Any]
-    report: Mapping[str, Any] | None
+    points: Sequence[Point]
     architecture: T5Config
     parameters: int
     size: int
@@ -345,33 +340,26 @@ def _kept_out(data: Mapping[str, Any]) -> str:
 
 
 def _scores(records: Records) -> str:
-    if records.report is None:
+    points = records.points
+    if not points:
         return "## Scores\n\nNone was measured."
-    runs = records.report["runs"]
-    steps = dict.fromkeys(
-        f"{run['task']} {run['tune']} {run['steps']:,} x {run['batch_size']}" for run in runs
+    tasks: dict[str, str] = {}  # what a score is -> the tasks it is of
+    for task, metrics in {point.task: list(point.metrics) for point in points}.items():
+        name = f"{'the mean of ' if len(metrics) > 1 else ''}{' and '.join(metrics)}"
+        tasks[name] = f"{tasks[name]}, {task}" if name in tasks else task
+    told = _SCORES.format(
+        metrics=", ".join(f"{name} ({of})" for name, of in tasks.items()),
+        seeds=max(len(point.scores) + point.diverged for point in points),
     )
-    machines = dict.fromkeys(f"Measured on {run['machine']}" for run in runs)
-    lengths = sorted({run["length"] for run in runs if run["tune"] == "prompt"})
-    tuned = [text for tune, text in _TUNED.items() if any(run["tune"] == tune for run in runs)]
-    told = ", and ".join(tuned).format(length=" or ".join(map(str, lengths)))
     measured = _MEASURED.format(
-        steps=", ".join(steps),
-        machine=" and ".join(machines),
-        date=max(run["date"] for run in runs),
+        machine=" and ".join(dict.fromkeys(point.machine for point in points)),
+        date=max(point.date for point in points),
     )
-    tasks = {run["task"] for run in runs}
-    in_sight = "".join(text for task, text in _IN_SIGHT.items() if task in tasks).format(
-        teacher=records.data["teacher_report"]["sst2_dev_accuracy"]
-    )
-    return "\n\n".join(
-        [
-            "## Scores",
-            _prose(_SCORES.format(tuned=told[0].upper() + told[1:])),
-            f"```\n{report_table(records.report['summary'])}\n```",
-            _prose(f"{measured}\n\n{in_sight}"),
-        ]
-    )
+    in_sight = "".join(
+        text for task, text in _IN_SIGHT.items() if any(point.task == task for point in points)
+    ).format(teacher=records.data["teacher_report"]["sst2_dev_accuracy"])
+    table = markdown_table(*rows_of(points))
+    return "\n\n".join(["## Scores", _prose(told), table, _prose(f"{measured}\n\n{in_sight}")])
 
 
 def _prose(text: str) -> str:

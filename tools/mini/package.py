@@ -1,15 +1,13 @@
 """Puts a pretrained backbone into the package under its name, or any elsewhere, with its card.
 
-    python tools/mini/package.py --run runs/mini --data-card mini_data/data_card.json \\
-        --report runs/mini-evaluation/report.json
-    python tools/mini/package.py --run runs/nano --data-card mini_data/data_card.json \\
-        --report runs/nano-evaluation/report.json --name jaxprompt-nano
+    python tools/mini/package.py --run runs/ladder/4m/tasks --data-card mini_data/data_card.json \\
+        --scores runs/scale/figure1/scale.json --name jaxprompt-mini
     python tools/mini/package.py --run runs/ladder/4m/lm --data-card mini_data/data_card.json \\
-        --name jaxprompt-ladder-4m --out backbones/ladder/4m
+        --name jaxprompt-ladder-4m --out backbones/ladder/4m/lm
 
-What ships, jaxprompt-mini and jaxprompt-nano, has its place, its limit of size and a report of its
-scores. Checks size, loading and, where torch is installed, that transformers computes the same
-logits.
+What ships, jaxprompt-mini and jaxprompt-nano, has its place, its limit of size and its scores,
+which `jaxprompt scale` measured. Checks size, loading and, where torch is installed, that
+transformers computes the same logits.
 """
 
 from __future__ import annotations
@@ -25,13 +23,14 @@ from typing import Any
 
 import numpy as np
 from card import Records, Trained, card
-from evaluate import machine
 
 import jaxprompt
 from jaxprompt.backbone import Backbone, load_backbone
 from jaxprompt.config import PretrainConfig, load_config
 from jaxprompt.convert import convert_backbone
 from jaxprompt.files import replacing_directory
+from jaxprompt.measuring import machine
+from jaxprompt.scale_points import read_points
 from jaxprompt.t5.backbones import PACKAGED
 from jaxprompt.t5.layers import abstract_params
 from jaxprompt.t5.weights import TOKENIZER_FILES
@@ -60,7 +59,7 @@ class Form:
 
 OTHER = Form("bfloat16")
 SHIPPED = {
-    "jaxprompt-mini": Form(max_bytes=20_000_000),
+    "jaxprompt-mini": Form("bfloat16", max_bytes=20_000_000),
     # tokenizer.json says all that spiece.model says, and is what is read where both are there
     "jaxprompt-nano": Form(
         "bfloat16",
@@ -76,7 +75,7 @@ MAX_DIFFERENCE = 1e-4  # of a logit to torch's, in units of the largest
 def package(
     run: Path,
     data_card: Path,
-    report: Path | None,
+    scores: Path | None,
     out: Path,
     name: str = "jaxprompt-mini",
     quantize: str = "none",
@@ -85,15 +84,16 @@ def package(
     """Copies, checks and describes a run's backbone; `out` is replaced only if all is well.
 
     Args:
-      report: None = the card says that nothing was measured.
+      scores: a `scale.json` with points of this backbone, which may be among others; None = the
+        card says that nothing was measured.
       name: what the card calls the backbone; those of `SHIPPED` have a form and a limit of size.
       quantize: "int8" stores it so.
       trained_on: the machine of the pretraining, in words; empty = this one.
     Returns: `out`.
     Raises: UserError for a missing record, a backbone that is too large, does not load or computes
-      something else in torch, or a report of another backbone.
+      something else in torch, or scores of other backbones alone.
     """
-    measured = None if report is None else _read_json(report, "evaluate.py writes it")
+    points = [] if scores is None else read_points(scores)
     form = SHIPPED.get(name, OTHER)
     with replacing_directory(out) as place:
         if quantize != "none" or form.dtype:
@@ -107,9 +107,11 @@ def package(
         for file in form.compact:
             _compact(place / file)
         backbone = load_backbone(str(place))
-        if measured and measured["backbone"]["fingerprint"] != backbone.fingerprint:
+        own = [point for point in points if point.fingerprint == backbone.fingerprint]
+        if scores is not None and not own:
             raise UserError(
-                f"{report} measured another backbone than {run / 'backbone'}: run evaluate.py again"
+                f"{scores} measured other backbones than {run / 'backbone'} in {form.dtype}: run "
+                "`jaxprompt scale` over it"
             )
         runs = runs_of(run) if form.pictures else [without_picture(one) for one in runs_of(run)]
         for one in runs:
@@ -119,7 +121,7 @@ def package(
             name=name,
             runs=runs,
             data=_read_json(data_card, "prepare.py writes it"),
-            report=measured,
+            points=own,
             architecture=backbone.config,
             parameters=count(abstract_params(backbone.config)),
             size=_bytes_in(place),
@@ -132,7 +134,7 @@ def package(
         if form.max_bytes is not None and _bytes_in(place) > form.max_bytes:
             raise UserError(
                 f"{run / 'backbone'} is {_bytes_in(place) / 1e6:.2f} MB with its card, {name} may "
-                f"be {form.max_bytes / 1e6:.0f}: pretrain with export_dtype: bfloat16, or smaller"
+                f"be {form.max_bytes / 1e6:.0f}: give --quantize int8, or pretrain a smaller one"
             )
     return out
 
@@ -225,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="output_dir of the pretraining")
     parser.add_argument("--data-card", type=Path, required=True, help="what prepare.py wrote")
-    parser.add_argument("--report", type=Path, help="what evaluate.py wrote")
+    parser.add_argument("--scores", type=Path, help="scale.json that `jaxprompt scale` wrote")
     parser.add_argument(
         "--out", type=Path, help="a directory; without it the place in the package, by the name"
     )
@@ -238,12 +240,12 @@ def main() -> None:
     try:
         out = args.out or _place_of(args.name)
         shipped = {PACKAGED[name].directory.resolve() for name in SHIPPED}
-        if args.report is None and out.resolve() in shipped:
+        if args.scores is None and out.resolve() in shipped:
             raise UserError(
-                "what ships has its scores in its card: give --report, or another --out"
+                "what ships has its scores in its card: give --scores, or another --out"
             )
         place = package(
-            args.run, args.data_card, args.report, out, args.name, args.quantize, args.trained_on
+            args.run, args.data_card, args.scores, out, args.name, args.quantize, args.trained_on
         )
     except UserError as error:
         print(error, file=sys.stderr)
