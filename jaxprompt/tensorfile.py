@@ -157,10 +157,13 @@ def write_safetensors(
     Raises: OSError if the file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # save_file keeps what it writes to its owner alone
     try:
         save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], kind: str = "np") -> bytes:

@@ -264,6 +264,9 @@ def test_what_is_saved_loads_again(config: T5Config, shard_bytes: int, tmp_path:
     assert read_config(saved) == config
     assert (saved / "spiece.model").read_bytes() == b"pieces"
     assert (saved / "model.safetensors").exists() == (shard_bytes > 500)
+    assert {path.stat().st_mode for path in saved.iterdir()} == {
+        (saved / "config.json").stat().st_mode
+    }  # who may read one may read all
     expected = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     assert_tree(load_params(saved, config), expected)
     assert set(open_weights(saved).tensors) == {weight.name for weight in weight_table(config)}
