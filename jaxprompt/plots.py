@@ -158,11 +158,12 @@ def write_scale_plot(
         return _NO_MATPLOTLIB
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.lines))
+    beside = 0.7 + 0.08 * max([20, *map(len, names)])  # inches of the legend
     figure = drawing.figures.Figure(
-        figsize=(1.5 + 3.2 * columns, 0.9 + 2.6 * rows), dpi=150, layout="constrained"
+        figsize=(3.2 * columns + beside, 0.9 + 2.6 * rows), dpi=150, layout="constrained"
     )
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.lines))
     known: dict[str, Any] = {}
     for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
         known |= _draw_panel(axes, panel, names)

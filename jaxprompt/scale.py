@@ -81,7 +81,7 @@ def scale(plan: Scale) -> ScaleResult | None:
     pictures = [
         write_scale_plot(directory / "plots" / f"{name}.png", panels_of(drawn))
         for name, lines in (plan.pictures or {"scale": names_of(points, "line")}).items()
-        if (drawn := [point for point in points if point.line in lines])
+        if (drawn := [point for line in lines for point in points if point.line == line])
     ]
     return ScaleResult(points, pictures)
 

@@ -16,6 +16,7 @@ from jaxprompt.cli import main
 from jaxprompt.config import config_names, load_config
 from jaxprompt.data.tasks import Task
 from jaxprompt.measuring import machine
+from jaxprompt.plots import write_scale_plot
 from jaxprompt.scale import scale
 from jaxprompt.scale_config import load_scale
 from jaxprompt.scale_points import MEAN, Point, panels_of, read_points, rows_of
@@ -329,7 +330,7 @@ SHIPPED = {  # cells
     "figure1": 6 * 3 * 3,
     "figure1-lm": 6 * 3 * 3,
     "figure3": 1 * 9 * 3,
-    "rates": 1 * 8 * 3,
+    "rates": 1 * 10 * 3,
     "demo": 3 * 3 * 2,
 }
 
@@ -359,3 +360,16 @@ def test_what_is_transferred_to_is_asked_in_the_words_of_what_was_trained():
     example = Task(config).example(renamed, "here")
     assert example.input_text == "sentence1: a? sentence2: b?"
     assert example.target == "not_equivalent"
+
+
+def test_a_long_name_of_a_line_leaves_the_panel_its_width(tmp_path: Path):
+    """The legend stands beside the panels; the picture grows with it."""
+    images = pytest.importorskip("matplotlib.image")
+    widths = []
+    for name in ("a", "20 slots, sampled vocabulary, supervised mixture"):
+        panels = panels_of([point("x", [60.0, 70.0], name)])
+        write_scale_plot(tmp_path / "scale.png", panels)
+        dark = images.imread(tmp_path / "scale.png")[..., :3].max(axis=2) < 0.4
+        runs = ("".join("x "[not one] for one in row).split() for row in dark)
+        widths.append(max(len(run) for row in runs for run in row))  # the axis below
+    assert widths[1] > 0.8 * widths[0] > 150
