@@ -9,8 +9,9 @@ WORKERS ?= 2
 
 # texts, tasks and vocabulary to pretrain on, and what scores are measured on; `data` is a link to DATA
 define pretraining_data
-test -n "$(DATA)" || { echo "make $@ needs DATA=<directory of the raw data>" >&2; exit 2; }; \
+test -d "$(DATA)" || { echo "make $@ needs DATA=<directory of the raw data>" >&2; exit 2; }; \
 test -e data || ln -s "$(DATA)" data; \
+test data -ef "$(DATA)" || { echo "data is not $(DATA): remove it, or make that folder" >&2; exit 2; }; \
 $(BIN)/python tools/mini/prepare.py --data "$(DATA)" --out mini_data && \
 $(BIN)/python tools/mini/held_out.py --data "$(DATA)" --out compare_data && \
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bleu]'
