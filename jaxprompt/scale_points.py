@@ -74,6 +74,13 @@ def names_of(points: Iterable[Point], field: str) -> list[str]:
     return list(dict.fromkeys(getattr(point, field) for point in points))
 
 
+def _tasks(points: Sequence[Point]) -> tuple[list[str], int]:
+    """Tasks that were trained on, then the others; and how many the former are."""
+    own = names_of([point for point in points if not point.transferred], "task")
+    others = names_of([point for point in points if point.transferred], "task")
+    return own + others, len(own)
+
+
 def _sizes(points: Iterable[Point]) -> dict[str, int]:
     """Backbones by size. One name may have several directories, but they are of one size."""
     sizes = {point.backbone: point.parameters for point in points}
@@ -85,15 +92,14 @@ def rows_of(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
 
     The mean is of the tasks that were trained on.
     """
-    own = names_of([point for point in points if not point.transferred], "task")
-    tasks = own + names_of([point for point in points if point.transferred], "task")
+    tasks, own = _tasks(points)
     at = {(p.task, p.line, p.backbone): p for p in points}
     rows: list[list[object]] = []
     for line in names_of(points, "line"):
         for backbone in _sizes(points):
             found = [at.get((task, line, backbone)) for task in tasks]
             if any(found):
-                means = [point and point.mean for point in found[: len(own)]]
+                means = [point and point.mean for point in found[:own]]
                 rows.append([line, backbone, *map(_spread, found), _mean(means)])
     weights = {(p.backbone, p.fingerprint): p.line for p in reversed(points)}
     for backbone in _sizes(points):
@@ -102,12 +108,12 @@ def rows_of(points: Sequence[Point]) -> tuple[list[list[object]], list[str]]:
             bare = [None if point is None else point.bare for point in found]
             name = "bare backbone" if line == points[0].line else f"bare backbone of {line}"
             rows.append(
-                [name, backbone, *("" if b is None else b for b in bare), _mean(bare[: len(own)])]
+                [name, backbone, *("" if b is None else b for b in bare), _mean(bare[:own])]
             )
     majority = [next(point.majority for point in points if point.task == task) for task in tasks]
-    rows.append(["most frequent target", "", *majority, _mean(majority[: len(own)])])
+    rows.append(["most frequent target", "", *majority, _mean(majority[:own])])
     header = ["validation, %", "backbone", *tasks, MEAN]
-    if len(own) == 1:
+    if own == 1:
         return [row[:-1] for row in rows], header[:-1]
     return rows, header
 
@@ -129,12 +135,11 @@ def _mean(scores: Sequence[float | None]) -> object:
 
 def panels_of(points: Sequence[Point]) -> dict[str, ScalePanel]:
     """What to draw, the mean of the tasks that were trained on first if there are several."""
-    panels = {
-        task: _panel([p for p in points if p.task == task]) for task in names_of(points, "task")
-    }
-    own = [point for point in points if not point.transferred]
-    if len(names_of(own, "task")) > 1:
-        panels = {MEAN: _panel(_averaged(own)), **panels}
+    tasks, own = _tasks(points)
+    panels = {task: _panel([p for p in points if p.task == task]) for task in tasks}
+    if own > 1:
+        trained = [point for point in points if not point.transferred]
+        panels = {MEAN: _panel(_averaged(trained)), **panels}
     return panels
 
 

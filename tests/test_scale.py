@@ -242,7 +242,7 @@ def test_what_was_transferred_is_not_in_the_mean():
     assert header[2:] == ["x", "y", "y from x", MEAN]
     assert [row[-1] for row in rows] == [70.0, 40.0, 50.0]
     panels = panels_of(points)
-    assert list(panels) == [MEAN, "y from x", "x", "y"]
+    assert list(panels) == [MEAN, "x", "y", "y from x"]
     assert panels[MEAN].lines == {"a": [(10, [70.0])]}
     rows, header = rows_of(points[:2])
     assert header[2:] == ["x", "y from x"] and rows[0][2:] == ["60.0", "0.0"]
