@@ -1,6 +1,7 @@
 """All prompt methods through the same trials: formulas in numpy, gradients, packing, banks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,16 +87,19 @@ def losses(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Loss of each segment [B, G], and the gradient of their weighted sum."""
     graphdef, trained, frozen = trees.split(PromptedT5(T5(CONFIG, params, LOOP), method))
-
-    def of(trained: dict, frozen: dict, batch: Batch) -> tuple:
-        logits = trees.merge(graphdef, trained, frozen)(batch)
-        loss_BT = cross_entropy(logits, batch.targets_BT) * batch.loss_weights_BT
-        segments = batch.example_index_BG.shape[1]
-        loss_BG = segment_sums(loss_BT, batch.decoder_segments_BT, segments)
-        return jnp.sum(loss_BG), loss_BG
-
-    grads, loss_BG = jax.jit(jax.grad(of, has_aux=True))(trained, frozen, batch)
+    grads, loss_BG = _gradient(trained, graphdef, frozen, batch)
     return np.asarray(loss_BG), grads["method"]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.grad, has_aux=True)
+def _gradient(trained: dict, graphdef: Any, frozen: dict, batch: Batch) -> tuple:
+    """One program for all tests that ask for the same shapes."""
+    logits = trees.merge(graphdef, trained, frozen)(batch)
+    loss_BT = cross_entropy(logits, batch.targets_BT) * batch.loss_weights_BT
+    segments = batch.example_index_BG.shape[1]
+    loss_BG = segment_sums(loss_BT, batch.decoder_segments_BT, segments)
+    return jnp.sum(loss_BG), loss_BG
 
 
 def assert_values(case: str, values: PromptValues, v: dict, config: Any, batch: Batch) -> None:
