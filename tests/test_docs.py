@@ -63,7 +63,9 @@ def test_commands_are_commands(document: Path):
         args = cli._parse(cli._parser(), [word for word in shown if word != "..."])
         if args.command in READ:
             # a line's end inside quotes is not the end of a command
-            READ[args.command](args.config, [one.replace(" ; ", "\n") for one in args.overrides])
+            overrides = [one.replace(" ; ", "\n") for one in args.overrides]
+            only = [args.only] if getattr(args, "only", None) else []
+            READ[args.command](args.config, overrides, *only)
 
 
 def test_the_readme_shows_commands():
