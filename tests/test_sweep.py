@@ -172,7 +172,8 @@ def test_a_prompt_that_diverges_leaves_the_others_as_they_are(
     for name, one in result.results.items():
         other = well.results[name]
         if name == "seed-2":
-            assert losses(one.output_dir) == losses(other.output_dir)[:12]
+            before = losses(other.output_dir)[:12]
+            np.testing.assert_allclose(losses(one.output_dir), before, rtol=1e-5)
             assert one.best_step == 10 and one.steps == 13
             kept = prompt_of(one.output_dir, "best")
             np.testing.assert_allclose(kept, prompt_of(one.output_dir), atol=0)
