@@ -161,7 +161,9 @@ def test_a_prompt_that_diverges_leaves_the_others_as_they_are(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     axes = "sweep={seed: [0, 1, 2, 3]}"
-    well = sweep(plan(world, tmp_path / "well", axes))
+    with monkeypatch.context() as patch:  # the same program, but for when
+        poison(patch, prompt=2, step=1000)
+        well = sweep(plan(world, tmp_path / "well", axes))
     with monkeypatch.context() as patch:
         poison(patch, prompt=2, step=13)
         result = sweep(plan(world, tmp_path / "sweep", axes))
@@ -172,8 +174,7 @@ def test_a_prompt_that_diverges_leaves_the_others_as_they_are(
     for name, one in result.results.items():
         other = well.results[name]
         if name == "seed-2":
-            before = losses(other.output_dir)[:12]
-            np.testing.assert_allclose(losses(one.output_dir), before, rtol=1e-5)
+            assert losses(one.output_dir) == losses(other.output_dir)[:12]
             assert one.best_step == 10 and one.steps == 13
             kept = prompt_of(one.output_dir, "best")
             np.testing.assert_allclose(kept, prompt_of(one.output_dir), atol=0)
