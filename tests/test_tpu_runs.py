@@ -58,7 +58,7 @@ def test_a_worker_told_to_stop_leaves_no_sign_but_what_it_wrote(cloud: Cloud):
     cloud.wait_for(home / ".process")
     (pid,) = [
         int(p.name) for p in Path("/proc").glob("[0-9]*")
-        if _cmdline(p)[2:3] == ["go"] and str(cloud.directory) in _environ(p)
+        if _cmdline(p)[2:3] == ["go"] and str(cloud.directory) in _environ(p) and _leads(p)
     ]  # fmt: skip
     os.kill(pid, signal.SIGTERM)
     cloud.wait_until(lambda: not Path(f"/proc/{pid}").exists())
@@ -72,6 +72,14 @@ def _cmdline(process: Path) -> list[str]:
         return (process / "cmdline").read_bytes().decode().split("\0")
     except OSError:
         return []
+
+
+def _leads(process: Path) -> bool:
+    """Whether it began its session: what a script forks looks like the script for a moment."""
+    try:
+        return os.getsid(int(process.name)) == int(process.name)
+    except OSError:
+        return False
 
 
 def _environ(process: Path) -> str:
