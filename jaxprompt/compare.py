@@ -119,6 +119,7 @@ def compare(plan: Comparison) -> ComparisonResult | None:
     source = Task(shared.task).open(split)
     scores: dict[str, list[float]] = {name: [] for name in trained}
     timed: dict[str, Callable[[], float]] = {}
+    print(f"\nanswering {split}, {len(source):,} examples with each prompt", file=sys.stderr)
     for name, results in trained.items():
         config = plan.sweeps[name].runs[0].config
         for result in results:
@@ -127,6 +128,8 @@ def compare(plan: Comparison) -> ComparisonResult | None:
             answer = Answers(backbone, config, result.prompt)
             scores[name].append(answer.score(source))
             timed.setdefault(name, lambda answer=answer: answer.rate(source))
+        print(f"{name}: {', '.join(f'{one:.1f}' for one in scores[name])}", file=sys.stderr)
+    print("timing one prompt of each method, in turns", file=sys.stderr)
     rates = _taking_turns(timed)
     rows = []
     for name, results in trained.items():

@@ -57,6 +57,7 @@ def test_the_table_says_what_evaluate_and_the_runs_say(config: Path, tmp_path: P
                      "--json"]) == 0  # fmt: skip
         alone = told_by(capsys.readouterr().out)[:2]
         assert row["scores"] == pytest.approx([one["scores"]["accuracy"]["value"] for one in alone])
+        assert f"\n{name}: {', '.join(f'{one:.1f}' for one in row['scores'])}\n" in said.err
         assert row["mean"] == pytest.approx(np.mean(row["scores"]))
         assert row["stdev"] == pytest.approx(np.std(row["scores"], ddof=1))
         options = runs[0].config.method
