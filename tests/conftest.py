@@ -1,5 +1,6 @@
 """What holds for every test: CPU, strict shapes, no network, the same numbers every time."""
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from cloud import Cloud
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # LLVM's only; halves compile times
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first
+gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that live: a tenth of the time
 # The same examples on every machine, and no limit that a busy one would break.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
