@@ -128,7 +128,8 @@ def compare(plan: Comparison) -> ComparisonResult | None:
             answer = Answers(backbone, config, result.prompt)
             scores[name].append(answer.score(source))
             timed.setdefault(name, lambda answer=answer: answer.rate(source))
-        print(f"{name}: {', '.join(f'{one:.1f}' for one in scores[name])}", file=sys.stderr)
+        said = ", ".join(f"{one:.1f}" for one in scores[name]) or "every seed diverged"
+        print(f"{name}: {said}", file=sys.stderr)
     print("timing one prompt of each method, in turns", file=sys.stderr)
     rates = _taking_turns(timed)
     rows = []
